@@ -1,0 +1,32 @@
+"""The ready-made classes: each mix-in in front of each server."""
+
+from __future__ import annotations
+
+import socket
+
+from ._datagram_servers import UDPServer
+from ._nursery import NurseryMixIn
+from ._stream_servers import TCPServer
+
+__all__ = ["NurseryTCPServer", "NurseryUDPServer"]
+
+
+class NurseryTCPServer(NurseryMixIn, TCPServer):
+    """A server of TCP connections, with a task for each."""
+
+
+class NurseryUDPServer(NurseryMixIn, UDPServer):
+    """A server of UDP datagrams, with a task for each."""
+
+
+if hasattr(socket, "AF_UNIX"):
+    from ._datagram_servers import UnixDatagramServer
+    from ._stream_servers import UnixStreamServer
+
+    __all__ += ["NurseryUnixDatagramServer", "NurseryUnixStreamServer"]
+
+    class NurseryUnixStreamServer(NurseryMixIn, UnixStreamServer):
+        """A server of Unix stream connections, with a task for each."""
+
+    class NurseryUnixDatagramServer(NurseryMixIn, UnixDatagramServer):
+        """A server of Unix datagrams, with a task for each."""

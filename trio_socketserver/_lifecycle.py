@@ -1,0 +1,127 @@
+"""The life of a serving loop, as a table.
+
+A server's loop is fresh, running, stopping or stopped. `TRANSITIONS` says what may happen
+in each state; what it does not list is an error. Nothing polls the state: stopping a
+running loop cancels the loop's scope.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import trio
+
+
+class LoopState(enum.Enum):
+    """Where a serving loop is."""
+
+    FRESH = "no loop has run since the server was entered"
+    STOP_REMEMBERED = "stopped before it began: the first loop will return at once"
+    RUNNING = "accepting"
+    STOPPING = "cancelled, unwinding"
+    STOPPED = "a loop has run; the next may begin"
+
+
+class LoopEvent(enum.Enum):
+    """What can happen to a serving loop."""
+
+    ENTER = "async with server"
+    BEGIN = "serve_forever() or handle_request()"
+    STOP = "shutdown()"
+    END = "the loop has returned"
+
+
+TRANSITIONS: dict[tuple[LoopState, LoopEvent], LoopState] = {
+    (LoopState.FRESH, LoopEvent.ENTER): LoopState.FRESH,
+    (LoopState.FRESH, LoopEvent.BEGIN): LoopState.RUNNING,
+    (LoopState.FRESH, LoopEvent.STOP): LoopState.STOP_REMEMBERED,
+    (LoopState.STOP_REMEMBERED, LoopEvent.ENTER): LoopState.STOP_REMEMBERED,
+    (LoopState.STOP_REMEMBERED, LoopEvent.BEGIN): LoopState.STOPPING,
+    (LoopState.STOP_REMEMBERED, LoopEvent.STOP): LoopState.STOP_REMEMBERED,
+    (LoopState.RUNNING, LoopEvent.STOP): LoopState.STOPPING,
+    (LoopState.RUNNING, LoopEvent.END): LoopState.STOPPED,
+    (LoopState.STOPPING, LoopEvent.STOP): LoopState.STOPPING,
+    (LoopState.STOPPING, LoopEvent.END): LoopState.STOPPED,
+    (LoopState.STOPPED, LoopEvent.ENTER): LoopState.FRESH,
+    (LoopState.STOPPED, LoopEvent.BEGIN): LoopState.RUNNING,
+    (LoopState.STOPPED, LoopEvent.STOP): LoopState.STOPPED,
+}
+
+
+class ServingLoop:
+    """One server's loop, through any number of runs.
+
+    Attributes:
+        state: where it is.
+    """
+
+    __slots__ = ("_ended", "_scope", "_task", "state")
+
+    def __init__(self) -> None:
+        self.state = LoopState.FRESH
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._task: trio.lowlevel.Task | None = None
+
+    def _move(self, event: LoopEvent) -> None:
+        try:
+            self.state = TRANSITIONS[self.state, event]
+        except KeyError:
+            raise RuntimeError(
+                f"{event.value} is not possible now; the server's loop is in state "
+                f"{self.state.name} ({self.state.value})"
+            ) from None
+
+    @property
+    def active(self) -> bool:
+        """Whether a loop is running or stopping."""
+        return self.state in (LoopState.RUNNING, LoopState.STOPPING)
+
+    def enter(self) -> None:
+        """Take note that the server has been entered."""
+        self._move(LoopEvent.ENTER)
+
+    @contextmanager
+    def run(self) -> Generator[trio.CancelScope]:
+        """Be the loop for the length of the block.
+
+        Yields:
+            The scope that `stop` cancels; the caller puts its waiting inside.
+
+        Raises:
+            RuntimeError: another loop is active.
+        """
+        self._move(LoopEvent.BEGIN)
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._task = trio.lowlevel.current_task()
+        if self.state is LoopState.STOPPING:
+            self._scope.cancel()
+        try:
+            yield self._scope
+        finally:
+            self._task = None
+            self._move(LoopEvent.END)
+            self._ended.set()
+
+    def is_current_task(self) -> bool:
+        """Tell whether the caller is the loop's own task, as in a hook."""
+        return self._task is trio.lowlevel.current_task()
+
+    def stop(self) -> None:
+        """Stop the loop that is active, or the first that will be."""
+        self._move(LoopEvent.STOP)
+        self._scope.cancel()
+
+    async def wait_ended(self) -> None:
+        """Wait until no loop is active.
+
+        Returns at once to the loop's own task, which cannot wait for its own end; its next
+        checkpoint is where it ends.
+        """
+        if self.active and not self.is_current_task():
+            await self._ended.wait()
+        else:
+            await trio.lowlevel.checkpoint()

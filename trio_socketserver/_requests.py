@@ -1,0 +1,115 @@
+"""The nursery in which requests live, and how it is closed.
+
+The rules:
+
+* Requests live in an *inner* nursery, hosted by a task of its own in an *outer* one whose
+  body is the caller's ``async with`` block. So requests can be cancelled, or given a
+  deadline, without touching the body; and a request that crashes still cancels the body.
+* Closing happens in one place, the end of the host task, whoever asks for it and whatever
+  forces it: first stop accepting, then join. Asking is setting an event, so it can be done
+  from anywhere, a request included.
+* What the block raises leaves as it was raised, see `UngroupedNursery`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+import trio
+
+from ._groups import UngroupedNursery
+
+_surrounding: ContextVar[tuple[RequestNursery, ...]] = ContextVar(
+    "trio_socketserver_requests", default=()
+)
+"""The nurseries whose requests the current task is a part of, outermost first."""
+
+
+class RequestNursery:
+    """An async context manager around a server's requests.
+
+    Args:
+        stop_accepting: called once when closing begins, perhaps in a cancelled scope; when
+            it has returned, no new request may come.
+        patience: called next; the seconds for which requests may go on before they are
+            cancelled.
+    """
+
+    def __init__(
+        self,
+        stop_accepting: Callable[[], Awaitable[None]],
+        patience: Callable[[], float],
+    ) -> None:
+        self._stop_accepting = stop_accepting
+        self._patience = patience
+        self._close_asked = trio.Event()
+        self._closed = trio.Event()
+        self._inner: trio.Nursery | None = None
+        self._outer = UngroupedNursery()
+
+    async def __aenter__(self) -> RequestNursery:
+        outer = await self._outer.__aenter__()
+        try:
+            await outer.start(self._host)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    async def _host(self, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            async with trio.open_nursery() as self._inner:
+                try:
+                    task_status.started()
+                    await self._close_asked.wait()
+                finally:
+                    self._close_asked.set()
+                    await self._stop_accepting()
+                patience = self._patience()
+                if patience <= 0:
+                    self._inner.cancel_scope.cancel()
+                else:
+                    self._inner.cancel_scope.deadline = trio.current_time() + patience
+        finally:
+            self._closed.set()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        self._close_asked.set()
+        return await self._outer.__aexit__(exc_type, exc, traceback)
+
+    @property
+    def closing(self) -> bool:
+        """Whether closing has been asked for, or forced."""
+        return self._close_asked.is_set()
+
+    def start_soon(
+        self, function: Callable[..., Awaitable[object]], *args: Any, name: str
+    ) -> None:
+        """Start a request's task. No checkpoint."""
+        if self._inner is None:
+            raise RuntimeError("the server has not been entered")
+        self._inner.start_soon(function, *args, name=name)
+
+    def enter_request(self) -> None:
+        """Mark the current task, and those it starts, as a part of a request."""
+        _surrounding.set((*_surrounding.get(), self))
+
+    def is_current(self) -> bool:
+        """Tell whether the caller is a part of one of these requests."""
+        return self in _surrounding.get()
+
+    def ask_to_close(self) -> None:
+        """Start closing; later calls do nothing."""
+        self._close_asked.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until the last request has ended."""
+        await self._closed.wait()

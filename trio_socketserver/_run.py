@@ -1,0 +1,66 @@
+"""`run()`: one server as a whole program.
+
+The first SIGINT or SIGTERM drains the server, the second cancels it. A program whose
+requests may take for ever must still end when asked to, so a server that leaves
+``graceful_timeout`` infinite gets a finite one here.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import AsyncIterator
+from typing import Final
+
+import trio
+
+from ._groups import UngroupedNursery
+from ._server import BaseServer
+
+__all__ = ["run"]
+
+GRACEFUL_TIMEOUT: Final = 30.0
+"""Seconds for draining. gunicorn and hypercorn give requests 30 s and 3 s; service managers
+kill after 90 s (systemd) or 30 s (Kubernetes, counted from the same signal)."""
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(server: BaseServer) -> None:
+    """Serve until SIGINT or SIGTERM; the whole ``__main__`` of a script.
+
+    The first signal closes the server: it stops accepting and waits for the requests, for
+    ``graceful_timeout`` seconds or, where the server leaves that infinite, 30. The second
+    signal cancels them. A `shutdown()` by a handler ends it too.
+
+    Must be called in the main thread, where Python delivers signals.
+
+    Args:
+        server: the server, not entered. It is closed when the function returns.
+
+    Raises:
+        BaseException: whatever the server raises.
+    """
+    trio.run(_serve_until_signal, server)
+
+
+async def _serve_until_signal(server: BaseServer) -> None:
+    if server.graceful_timeout == math.inf:
+        server.graceful_timeout = GRACEFUL_TIMEOUT
+    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+        async with UngroupedNursery() as nursery:
+            with trio.CancelScope() as hard:
+                nursery.start_soon(_stop_on_signals, signals, server, hard)
+                async with server:
+                    await server.serve_forever()
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signals(
+    signals: AsyncIterator[int], server: BaseServer, hard: trio.CancelScope
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await anext(signals)
+        nursery.start_soon(server.server_close)
+        await anext(signals)
+        hard.cancel()

@@ -1,0 +1,664 @@
+"""`BaseServer`: the serving loop, and a request's life.
+
+It knows no socket type, no thread and no process. The rules:
+
+* Every request is one task in the server's `RequestNursery`. The plain server is the limit
+  of one: its loop waits for the task before it takes the next request.
+* A request is owned at every moment: by the loop from `get_request()` until
+  `process_request()` has handed it on, by its task from then on. Whatever ends the owner's
+  stage, `_attend` reports it, closes the request and counts it, once.
+* The loop waits in one place, for a due time, room and a request, and takes what has come
+  in batches. Hooks run between the waits and are never cut short by the poll interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import inspect
+import logging
+import math
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Final, Self, TypeAlias
+
+import trio
+
+from ._accept import AcceptErrors
+from ._colour import check_colours
+from ._draining import Drain
+from ._exceptions import RequestTimeout, is_peer_fault
+from ._groups import only_cancelled
+from ._handlers import HandlerKind, handler_kind, run_handler
+from ._lifecycle import LoopState, ServingLoop
+from ._requests import RequestNursery
+from ._statistics import Counters, ServerStatistics
+
+__all__ = ["BaseServer"]
+
+logger = logging.getLogger("trio_socketserver")
+
+Handler: TypeAlias = Callable[[Any, Any, Any], Any]
+"""A handler class, or a function, called with (request, client_address, server)."""
+
+PLAIN_HOOKS: Final = ("fileno", "server_bind", "server_activate")
+COROUTINE_HOOKS: Final = (
+    "serve_forever",
+    "handle_request",
+    "shutdown",
+    "server_close",
+    "get_request",
+    "verify_request",
+    "process_request",
+    "finish_request",
+    "shutdown_request",
+    "close_request",
+    "handle_error",
+    "handle_timeout",
+    "service_actions",
+    "collect_children",
+)
+
+BATCH: Final = 64
+"""Requests taken per wake-up at most, so that a flood cannot starve the program.
+
+At some 10 µs each that is under a millisecond; unbounded, one sender of datagrams has been
+seen to hold the loop for half a second.
+"""
+
+
+class _Outcome(enum.Enum):
+    """How a stage of a request's life has ended; the value is the counter's name."""
+
+    HANDED_ON = ""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+
+
+class _Life:
+    """A request and the stage of its life that somebody is responsible for."""
+
+    __slots__ = ("client_address", "is_settled", "outcome", "request")
+
+    def __init__(self, request: Any, client_address: Any) -> None:
+        self.request = request
+        self.client_address = client_address
+        self.outcome = _Outcome.COMPLETED
+        self.is_settled = False
+
+    def hand_on(self) -> None:
+        """Somebody else answers for the request from now on, whatever happens here."""
+        self.outcome = _Outcome.HANDED_ON
+
+    def end(self, outcome: _Outcome) -> None:
+        if self.outcome is not _Outcome.HANDED_ON:
+            self.outcome = outcome
+
+
+class BaseServer:
+    """The base of all servers.
+
+    As in `socketserver`, a subclass brings the socket, by `fileno()` and `get_request()`,
+    and users override the hooks. What differs: every hook that may wait is a coroutine, the
+    server is an async context manager whose block owns the requests, and nothing polls.
+
+    Args:
+        server_address: where to serve.
+        RequestHandlerClass: an asynchronous handler: a subclass of
+            `trio_socketserver.BaseRequestHandler`, or a coroutine function called with
+            ``(request, client_address, server)``.
+
+    Raises:
+        TypeError: the handler is not asynchronous.
+
+    Attributes:
+        server_address: as given; socket servers replace it by the address they have bound.
+    """
+
+    timeout: float | None = None
+    """Seconds that `handle_request()` waits for a request to arrive; None for ever."""
+
+    block_on_close: bool = True
+    """Whether closing waits for requests; if not, it cancels them."""
+
+    graceful_timeout: float = math.inf
+    """Seconds that closing waits for requests before it cancels them."""
+
+    request_timeout: float | None = None
+    """Seconds that a whole request may take, else `RequestTimeout`; None for ever."""
+
+    cleanup_timeout: float = 5.0
+    """Seconds that a handler's ``finish()``, and closing a request, may each take."""
+
+    _default_max_tasks: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__:
+            if base.__module__ == "socketserver":
+                raise TypeError(
+                    f"{cls.__qualname__} mixes trio_socketserver with "
+                    f"socketserver.{base.__name__}: derive from "
+                    f"trio_socketserver.{base.__name__} instead"
+                )
+            if "process_request_thread" in vars(base):
+                raise TypeError(
+                    f"{cls.__qualname__}.process_request_thread would never be called: "
+                    "override 'async def finish_request' for what surrounds the handler, "
+                    "or 'async def shutdown_request' for the closing"
+                )
+        check_colours(cls, COROUTINE_HOOKS, PLAIN_HOOKS)
+
+    def __init__(self, server_address: Any, RequestHandlerClass: Handler) -> None:
+        self.server_address = server_address
+        self._judged: Handler | None = None
+        self._handler_kind = HandlerKind.ASYNC_CLASS
+        self.RequestHandlerClass = RequestHandlerClass
+        self._judge_handler()
+        self._counters = Counters()
+        self._loop = ServingLoop()
+        self._accept_errors = AcceptErrors()
+        self._drain = Drain()
+        self._requests: RequestNursery | None = None
+        self._arriving: _Life | None = None
+        self._room: trio.Event | None = None
+        self._keeps_listener = False
+
+    # -- the handler -----------------------------------------------------------------
+
+    @property
+    def RequestHandlerClass(self) -> Handler:  # noqa: N802
+        """The handler. Assigning another takes effect with the next request.
+
+        Raises:
+            TypeError: when one of the wrong colour is assigned.
+        """
+        return self._request_handler_class
+
+    @RequestHandlerClass.setter
+    def RequestHandlerClass(self, handler: Handler) -> None:  # noqa: N802
+        self._check_handler(handler, handler_kind(handler))
+        self._request_handler_class = handler
+
+    def _check_handler(self, handler: Handler, kind: HandlerKind) -> None:
+        """Refuse a handler that this server cannot run."""
+        if kind is HandlerKind.BLOCKING:
+            raise TypeError(
+                f"{handler!r} is a blocking handler, and {type(self).__qualname__} runs "
+                "asynchronous ones: derive it from trio_socketserver.StreamRequestHandler "
+                "(or another of its handler classes) with 'async def handle(self)', or "
+                "write 'async def handler(request, client_address, server)'. What runs "
+                "blocking handlers as they are is ThreadingMixIn, in worker threads"
+            )
+
+    def _judge_handler(self) -> HandlerKind:
+        # A subclass may have shadowed the property with an attribute of its own.
+        handler = self.RequestHandlerClass
+        if handler is not self._judged:
+            self._handler_kind = handler_kind(handler)
+            self._check_handler(handler, self._handler_kind)
+            self._judged = handler
+        return self._handler_kind
+
+    # -- entering and leaving --------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        if self._requests is not None:
+            raise RuntimeError("this server has been entered already")
+        self._loop.enter()
+        await self._open_requests(keeps_listener=False)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._close_requests(exc_type, exc, traceback)
+
+    async def _open_requests(self, *, keeps_listener: bool) -> None:
+        self._drain = Drain()
+        self._keeps_listener = keeps_listener
+        self._requests = RequestNursery(self._stop_accepting, self._patience)
+        try:
+            await self._requests.__aenter__()
+        except BaseException:
+            self._requests = None
+            raise
+
+    async def _close_requests(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        assert self._requests is not None
+        try:
+            return await self._requests.__aexit__(exc_type, exc, traceback)
+        except BaseException as crash:
+            if crash is not exc and not only_cancelled(crash):
+                self._close_listener()  # A request ended the server.
+            raise
+        finally:
+            self._requests = None
+
+    @asynccontextmanager
+    async def _entered(self) -> AsyncGenerator[None]:
+        """Have a request nursery: the server's, or one for the length of the block."""
+        if self._requests is not None:
+            if self._requests.closing:
+                raise RuntimeError("this server is closing or has been closed")
+            yield
+            return
+        await self._open_requests(keeps_listener=True)
+        try:
+            yield
+        except BaseException as error:
+            if not await self._close_requests(type(error), error, error.__traceback__):
+                raise
+        else:
+            await self._close_requests(None, None, None)
+
+    async def _stop_accepting(self) -> None:
+        self._drain.begin()
+        if self._loop.active:
+            with trio.CancelScope(
+                deadline=trio.current_time() + self.cleanup_timeout, shield=True
+            ):
+                self._loop.stop()
+                await self._loop.wait_ended()
+        if not self._keeps_listener:
+            self._close_listener()
+
+    def _patience(self) -> float:
+        return self.graceful_timeout if self.block_on_close else 0.0
+
+    def _close_listener(self) -> None:
+        """Close the listening socket, if there is one. No checkpoint; idempotent."""
+
+    async def server_close(self) -> None:
+        """Stop accepting, close the listening socket, and wait for the requests.
+
+        ``async with server:`` calls it at the end. Unlike in `socketserver` it implies
+        `shutdown()`, and how long it waits is set by ``block_on_close`` and
+        ``graceful_timeout``. Idempotent. Called from inside one of the server's requests,
+        or from a hook of its loop, it starts all that and returns without waiting.
+
+        Cancellation: what has been started goes on; only the waiting ends.
+        """
+        requests = self._requests
+        if requests is None:
+            self._close_listener()
+            await trio.lowlevel.checkpoint()
+            return
+        self._keeps_listener = False
+        requests.ask_to_close()
+        if requests.is_current() or self._loop.is_current_task():
+            await trio.lowlevel.checkpoint()
+        else:
+            await requests.wait_closed()
+
+    @property
+    def draining(self) -> trio.Event:
+        """Set when closing begins; a new event each time the server is entered."""
+        return self._drain.event
+
+    # -- serving ---------------------------------------------------------------------
+
+    async def serve_forever(
+        self,
+        poll_interval: float = 0.5,
+        *,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve requests until `shutdown()`.
+
+        Outside of ``async with server:`` the call also waits for the requests before it
+        returns (see `server_close`), and leaves the listening socket open, as
+        `socketserver` does.
+
+        Args:
+            poll_interval: seconds between two calls of `service_actions()` at most, if that
+                is overridden; if not, an idle server does not wake up at all.
+            task_status: for `trio.Nursery.start`, which returns ``server_address`` when the
+                kernel queues connections.
+
+        Raises:
+            RuntimeError: another loop is running, or the server is closing.
+            OSError: the listening socket is unusable.
+            trio.ClosedResourceError: it has been closed, but not by `server_close()`.
+
+        Cancellation: stops accepting. Inside ``async with server:``, requests go on.
+        """
+        ticks = self._is_overridden("service_actions")
+        serve = functools.partial(self._serve, poll_interval if ticks else None)
+        await self._run_loop(serve, task_status)
+
+    async def handle_request(self) -> None:
+        """Wait for one request and handle it.
+
+        As in `socketserver` it waits for at most ``timeout`` seconds for the request to
+        arrive, and else calls `handle_timeout()`; servers that handle requests side by side
+        return when the handling has begun (inside ``async with server:``; outside, there is
+        nothing else to wait for it).
+
+        Raises what `serve_forever` raises. `shutdown()` makes it return.
+        """
+        await self._run_loop(self._serve_one, trio.TASK_STATUS_IGNORED)
+
+    async def shutdown(self) -> None:
+        """Stop `serve_forever()`, and wait until it accepts no more.
+
+        Unlike in `socketserver` it may be called by anyone at any time, a handler included,
+        and never deadlocks. Before the first loop has begun it is remembered for that one;
+        after a loop has stopped it does nothing until the next.
+
+        Cancellation: the loop stops all the same; only the waiting ends.
+        """
+        self._loop.stop()
+        await self._loop.wait_ended()
+
+    async def _run_loop(
+        self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
+    ) -> None:
+        async with self._entered():
+            with self._loop.run() as scope:
+                self._prepare_listener()
+                task_status.started(self.server_address)
+                with scope:
+                    await body()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _prepare_listener(self) -> None:
+        """Make the listening socket ready for the loop."""
+
+    async def _serve(self, poll_interval: float | None) -> None:
+        while True:
+            if poll_interval is None:
+                await self._wait_for_request()
+                await self._accept_batch()
+                continue
+            with trio.move_on_after(poll_interval) as poll:
+                await self._wait_for_request()
+            if not poll.cancelled_caught:
+                await self._accept_batch()
+            await self.service_actions()
+
+    async def _accept_batch(self) -> None:
+        for _ in range(BATCH):
+            if self._is_full() or not await self._accept():
+                return
+
+    async def _serve_one(self) -> None:
+        timeout = math.inf if self.timeout is None else self.timeout
+        deadline = trio.current_time() + timeout
+        while True:
+            with trio.move_on_at(deadline) as arrival:
+                await self._wait_for_request()
+            if arrival.cancelled_caught:
+                await self.handle_timeout()
+                return
+            if await self._accept():
+                break
+        await self._wait_for_room()
+
+    async def _wait_for_request(self) -> None:
+        """Wait until the listener is worth asking. Cancelled, it has taken nothing."""
+        if self._accept_errors.delay:
+            await trio.sleep_until(self._accept_errors.resume_at)
+        await self._wait_for_room()
+        await trio.lowlevel.wait_readable(self.fileno())
+
+    def _limit(self) -> int | None:
+        """Return how many requests may be active at once; None for no limit."""
+        return 1
+
+    def _is_full(self) -> bool:
+        limit = self._limit()
+        return limit is not None and self._counters.active >= limit
+
+    async def _wait_for_room(self) -> None:
+        while self._is_full():
+            self._room = trio.Event()
+            await self._room.wait()
+
+    async def _accept(self) -> bool:
+        """Take one request and pass it on.
+
+        Returns:
+            Whether there was one; if not, it is time to wait again.
+        """
+        try:
+            request, client_address = await self.get_request()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if self._loop.state is LoopState.STOPPING:
+                return False  # server_close() could not wait for us any longer.
+            self._counters.accept_errors += 1
+            self._accept_errors.failed(error)
+            return False
+        if self._accept_errors.delay:
+            self._accept_errors.succeeded()
+        self._counters.accepted += 1
+        await self._attend(self._admit, _Life(request, client_address))
+        return True
+
+    # -- a request's life ------------------------------------------------------------
+
+    async def _admit(self, life: _Life) -> None:
+        """The first stage, in the loop's task: from accepting to handing on."""
+        if not await self.verify_request(life.request, life.client_address):
+            life.end(_Outcome.REJECTED)
+            return
+        self._arriving = life
+        try:
+            await self.process_request(life.request, life.client_address)
+        finally:
+            self._arriving = None
+        life.is_settled = True
+
+    async def _handle(self, life: _Life) -> None:
+        """The second stage, in the request's own task."""
+        assert self._requests is not None
+        self._requests.enter_request()
+        await self.finish_request(life.request, life.client_address)
+
+    async def _attend(self, stage: Callable[[_Life], Awaitable[None]], life: _Life) -> None:
+        """Run a stage; then, unless the request was handed on, close it and count it."""
+        try:
+            await stage(life)
+        except trio.Cancelled:
+            life.end(_Outcome.CANCELLED)
+            raise
+        except Exception as error:
+            life.end(_Outcome.FAILED)
+            await self._report(life, error)
+        except BaseExceptionGroup as group:
+            cancelled = only_cancelled(group)
+            life.end(_Outcome.CANCELLED if cancelled else _Outcome.FAILED)
+            errors, rest = group.split(Exception)
+            if errors is not None:
+                try:
+                    raise errors
+                except ExceptionGroup:
+                    await self._report(life, errors)
+            if rest is not None:
+                raise rest from None
+        except BaseException:
+            life.end(_Outcome.FAILED)
+            raise
+        finally:
+            if life.outcome is not _Outcome.HANDED_ON:
+                try:
+                    await self._close(life)
+                finally:
+                    self._count(life.outcome)
+
+    async def _close(self, life: _Life) -> None:
+        """Close the request, within ``cleanup_timeout`` and whatever is cancelled."""
+        if life.is_settled:
+            return  # An overridden process_request() has seen to it.
+        closed = False
+        try:
+            if self._closes_at_once(life.request):
+                await self.shutdown_request(life.request)
+            else:
+                with trio.CancelScope(
+                    deadline=trio.current_time() + self.cleanup_timeout, shield=True
+                ) as scope:
+                    await self.shutdown_request(life.request)
+                if scope.cancelled_caught:
+                    raise RequestTimeout(
+                        f"closing took longer than {self.cleanup_timeout:g} s"
+                    )
+            closed = True
+        except Exception as error:
+            life.end(_Outcome.FAILED)
+            await self._report(life, error)
+        finally:
+            if not closed:
+                self._abort(life.request)
+
+    def _closes_at_once(self, request: Any) -> bool:
+        """Tell whether `shutdown_request()` cannot wait, and so needs no shield."""
+        return False
+
+    def _abort(self, request: Any) -> None:
+        """Close at once what `shutdown_request()` has left open."""
+
+    def _count(self, outcome: _Outcome) -> None:
+        counters, name = self._counters, outcome.value
+        setattr(counters, name, getattr(counters, name) + 1)
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+
+    async def _report(self, life: _Life, error: Exception) -> None:
+        """Give an error, which is being handled, to `handle_error()`."""
+        if is_peer_fault(error):
+            self._counters.peer_errors += 1
+        try:
+            await self.handle_error(life.request, life.client_address)
+        except Exception:
+            # Should logging fail too, there is nobody left to tell.
+            with contextlib.suppress(Exception):
+                logger.exception("handle_error() failed for %r", life.client_address)
+
+    # -- hooks -----------------------------------------------------------------------
+
+    def _is_overridden(self, hook: str) -> bool:
+        mine = inspect.getattr_static(self, hook)
+        return mine is not inspect.getattr_static(BaseServer, hook)
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when a request arrives."""
+        raise NotImplementedError(f"{type(self).__qualname__} has no fileno()")
+
+    def server_bind(self) -> None:
+        """Bind the socket."""
+
+    def server_activate(self) -> None:
+        """Make the server ready to accept."""
+
+    async def get_request(self) -> tuple[Any, Any]:
+        """Take one request: return the pair (request, client_address).
+
+        The loop calls it when the listener is readable. As in `socketserver` an `OSError`
+        means that there was no request after all. No checkpoint: what is taken has an owner
+        at once.
+
+        Raises:
+            BlockingIOError: nothing is queued (any more).
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} has no get_request()")
+
+    async def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Decide whether to handle a request; called before a byte is read. No checkpoint.
+
+        An exception denies it too, by way of `handle_error()`.
+        """
+        return True
+
+    async def process_request(self, request: Any, client_address: Any) -> None:
+        """Pass a request on to where it is handled; here, to a task. No checkpoint.
+
+        It is called in the loop's task. An override that does not call this one has taken
+        the request over, and closes it.
+        """
+        if self._requests is None:
+            raise RuntimeError("process_request() needs a server that serves")
+        self._requests.start_soon(
+            self._attend, self._handle, _Life(request, client_address), name="request"
+        )
+        if self._arriving is None:
+            self._counters.accepted += 1
+        else:
+            self._arriving.hand_on()
+
+    async def finish_request(self, request: Any, client_address: Any) -> None:
+        """Handle a request, by making and running a handler; in the request's task.
+
+        Raises:
+            RequestTimeout: it took longer than ``request_timeout``.
+        """
+        if self.request_timeout is None:
+            await self._run_handler(request, client_address)
+            return
+        with trio.move_on_after(self.request_timeout) as scope:
+            await self._run_handler(request, client_address)
+        if scope.cancelled_caught:
+            raise RequestTimeout(f"the request took longer than {self.request_timeout:g} s")
+
+    async def _run_handler(self, request: Any, client_address: Any) -> None:
+        kind = self._judge_handler()
+        handler = self.RequestHandlerClass(request, client_address, self)
+        if kind is HandlerKind.ASYNC_CLASS:
+            await run_handler(handler, self.cleanup_timeout)
+        else:
+            await handler
+
+    async def shutdown_request(self, request: Any) -> None:
+        """Shut down and close one request, shielded, within ``cleanup_timeout``."""
+        await self.close_request(request)
+
+    async def close_request(self, request: Any) -> None:
+        """Close one request."""
+
+    async def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report the error of a request, which is `sys.exception()`. No checkpoint.
+
+        Logs to the logger ``trio_socketserver``: a traceback for what is our fault, one
+        line at level INFO for what is the peer's (a reset, a timeout, a line too long).
+        """
+        error = sys.exception()
+        if error is not None and is_peer_fault(error):
+            logger.info("%r: %s: %s", client_address, type(error).__name__, error)
+        else:
+            logger.error(
+                "exception while serving a request of %r", client_address, exc_info=error
+            )
+
+    async def handle_timeout(self) -> None:
+        """Called by `handle_request()` when no request came in time. No checkpoint."""
+
+    async def service_actions(self) -> None:
+        """Called by the loop after each batch, and every ``poll_interval``. No checkpoint.
+
+        An error in it ends the server.
+        """
+
+    # -- looking ---------------------------------------------------------------------
+
+    def _datagrams_dropped(self) -> int:
+        return 0
+
+    def statistics(self) -> ServerStatistics:
+        """Return what the server has done so far."""
+        return self._counters.snapshot(self._datagrams_dropped())

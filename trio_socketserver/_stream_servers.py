@@ -1,0 +1,291 @@
+"""Servers of connections: TCP and Unix.
+
+They bind and listen in the constructor, synchronously, so that an error is raised where the
+server is made, an address is good at once, and a privileged port can be bound before
+`trio.run`. What the constructor has opened when it fails, it closes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as socketlib
+import stat
+from typing import Any, Final, Self
+
+import trio
+
+from ._server import BaseServer, Handler
+from ._sockets import ListeningSocket, StreamSocket, close_socket
+
+__all__ = ["TCPServer"]
+
+BACKLOG: Final = 128
+"""Connections that the kernel queues for the server.
+
+socketserver's 5 makes a burst of six clients wait a second for a retried SYN. asyncio takes
+100, gevent 256, trio whatever the system allows; Linux cuts it at net.core.somaxconn.
+"""
+
+WILDCARDS: Final = frozenset({"", "::", "::0"})
+"""The ways to write "every IPv6 address"."""
+
+
+class TCPServer(BaseServer):
+    """A server of TCP connections, one at a time.
+
+    The arguments, the attributes and the three plain methods are those of
+    `socketserver.TCPServer`. For several connections at a time put a mix-in in front, or
+    take `NurseryTCPServer`.
+
+    Args:
+        server_address: the pair ``(host, port)``; port 0 lets the system choose.
+            A host *name* is resolved here, which may take a while.
+        RequestHandlerClass: the handler, see `BaseServer`.
+        bind_and_activate: whether to bind and listen now. If not, call `server_bind()` and
+            `server_activate()`, or replace ``socket``.
+
+    Raises:
+        OSError: the address cannot be bound. Nothing is left open.
+        TypeError: the handler has the wrong colour.
+
+    Attributes:
+        socket: the listening socket, which the server owns.
+        server_address: the address that was bound.
+    """
+
+    address_family: int = socketlib.AF_INET
+    """The family of the listening socket."""
+
+    socket_type: int = socketlib.SOCK_STREAM
+    """The type of the listening socket."""
+
+    request_queue_size: int = BACKLOG
+    """Connections that the kernel queues; 5 in socketserver."""
+
+    allow_reuse_address: bool = os.name == "posix"
+    """Whether to set ``SO_REUSEADDR``, so that a restarted server can bind at once.
+
+    False in socketserver, whose users set it; asyncio and trio set it too. On Windows the
+    option means something else, and would let another program take the port.
+    """
+
+    allow_reuse_port: bool = False
+    """Whether to set ``SO_REUSEPORT``."""
+
+    dualstack_ipv6: bool = True
+    """Whether a server of ``AF_INET6`` on the wildcard address serves IPv4 too."""
+
+    socket: socketlib.socket
+    server_address: Any
+
+    def __init__(
+        self,
+        server_address: Any,
+        RequestHandlerClass: Handler,
+        bind_and_activate: bool = True,
+    ) -> None:
+        super().__init__(server_address, RequestHandlerClass)
+        self.socket = ListeningSocket(self.address_family, self.socket_type)
+        self.socket.setblocking(False)
+        if bind_and_activate:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except BaseException:
+                self._close_listener()
+                raise
+
+    @classmethod
+    def from_socket(cls, sock: socketlib.socket, RequestHandlerClass: Handler) -> Self:
+        """Make a server of a socket that is bound, and listening, already.
+
+        Args:
+            sock: the socket, inherited from a parent process or a service manager. The
+                server owns it from now on. It is made non-blocking, for everyone who
+                shares it.
+            RequestHandlerClass: the handler.
+
+        Raises:
+            ValueError: the socket is of another type than the server's.
+            TypeError: the handler has the wrong colour. The socket stays the caller's.
+        """
+        if sock.type != cls.socket_type:
+            raise ValueError(f"{cls.__qualname__} cannot serve {sock!r}")
+        server = cls(sock.getsockname(), RequestHandlerClass, bind_and_activate=False)
+        server.socket.close()
+        server.socket = sock
+        server.address_family = sock.family
+        sock.setblocking(False)
+        return server
+
+    def fileno(self) -> int:
+        """Return the listening socket's descriptor; -1 when it is closed."""
+        return self.socket.fileno()
+
+    def server_bind(self) -> None:
+        """Bind the socket to ``server_address``, which becomes the address bound."""
+        internet = self.address_family in (socketlib.AF_INET, socketlib.AF_INET6)
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
+        if self.allow_reuse_port and internet and hasattr(socketlib, "SO_REUSEPORT"):
+            self.socket.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEPORT, 1)
+        if (
+            self.address_family == socketlib.AF_INET6
+            and self.server_address[0] in WILDCARDS
+        ):
+            self.socket.setsockopt(
+                socketlib.IPPROTO_IPV6, socketlib.IPV6_V6ONLY, not self.dualstack_ipv6
+            )
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def server_activate(self) -> None:
+        """Listen."""
+        self.socket.listen(self.request_queue_size)
+
+    def _prepare_listener(self) -> None:
+        if self.fileno() == -1:
+            raise trio.ClosedResourceError("the listening socket has been closed")
+        # It may have been put there by the user.
+        self.socket.setblocking(False)
+
+    def _close_listener(self) -> None:
+        close_socket(self.socket)
+
+    async def get_request(self) -> tuple[Any, Any]:
+        """Accept one connection, as the pair of a `StreamSocket` and the peer's address.
+
+        No checkpoint: what is accepted has an owner at once.
+
+        Raises:
+            BlockingIOError: nothing is queued (any more).
+            OSError: accept() failed; what follows of it is the loop's business.
+        """
+        connection, client_address = self.socket.accept()
+        connection.setblocking(False)
+        return StreamSocket(connection), client_address
+
+    async def shutdown_request(self, request: Any) -> None:
+        """Shut down and close one connection.
+
+        As in `socketserver` the connection ends even if the handler has given away a
+        duplicate of the socket. No checkpoint if the request is a `StreamSocket`.
+        """
+        if isinstance(request, StreamSocket):
+            request.shutdown_now()
+        await self.close_request(request)
+
+    async def close_request(self, request: Any) -> None:
+        """Close one connection. No checkpoint if the request is a `StreamSocket`.
+
+        Args:
+            request: a `StreamSocket`, or any `trio.abc.AsyncResource` that an override of
+                `get_request()` has put in its place.
+        """
+        if isinstance(request, StreamSocket):
+            request.close_now()
+        else:
+            await request.aclose()
+
+    def _closes_at_once(self, request: Any) -> bool:
+        return (
+            type(request) is StreamSocket
+            and getattr(self.shutdown_request, "__func__", None) is _shutdown_request
+            and getattr(self.close_request, "__func__", None) is _close_request
+        )
+
+    def _abort(self, request: Any) -> None:
+        if isinstance(request, StreamSocket):
+            request.close_now()
+
+
+_shutdown_request = TCPServer.shutdown_request
+_close_request = TCPServer.close_request
+
+
+if hasattr(socketlib, "AF_UNIX"):
+    __all__ += ["UnixStreamServer"]
+
+    class UnixSocketFile:
+        """The file of a bound Unix socket, which is removed only by who has made it.
+
+        Mixed into the Unix servers. Two starters that find the same stale file at the same
+        moment can both bind: there is no lock on a path. Only the later one is reachable.
+        """
+
+        address_family: int = socketlib.AF_UNIX
+
+        unlink_socket: bool = True
+        """Whether to remove a stale socket file before binding and our own on closing.
+
+        Stale is a socket that refuses a connection. What is not a socket is never removed,
+        nor a file that has replaced ours. socketserver leaves files behind.
+        """
+
+        socket_mode: int | None = None
+        """The file's permissions, for example ``0o660``; None for what the umask gives."""
+
+        socket: socketlib.socket
+        socket_type: int
+        server_address: Any
+        _bound_file: tuple[str | bytes, int, int] | None = None
+
+        def server_bind(self) -> None:
+            """Bind the socket to the path ``server_address``; abstract names work too."""
+            path = self.server_address
+            if self.unlink_socket and _is_path(path) and self._is_stale(path):
+                os.unlink(path)
+            if self.socket_mode is not None:
+                # Linux takes the mode over to the file it makes, so that it is never more
+                # open than asked for.
+                os.fchmod(self.socket.fileno(), self.socket_mode)
+            self.socket.bind(path)
+            self.server_address = self.socket.getsockname()
+            if _is_path(self.server_address):
+                if self.socket_mode is not None:
+                    os.chmod(path, self.socket_mode)
+                made = os.lstat(path)
+                self._bound_file = (os.path.abspath(path), made.st_dev, made.st_ino)
+
+        def _is_stale(self, path: str | bytes) -> bool:
+            try:
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    return False
+            except FileNotFoundError:
+                return False
+            with socketlib.socket(socketlib.AF_UNIX, self.socket_type) as probe:
+                probe.setblocking(False)
+                return probe.connect_ex(path) == errno.ECONNREFUSED
+
+        def _unlink_own_file(self) -> None:
+            bound, self._bound_file = self._bound_file, None
+            if bound is None or not self.unlink_socket:
+                return
+            path, device, inode = bound
+            try:
+                found = os.lstat(path)
+                if (found.st_dev, found.st_ino) == (device, inode):
+                    os.unlink(path)
+            except FileNotFoundError:
+                return  # Somebody has removed it for us.
+
+    class UnixStreamServer(UnixSocketFile, TCPServer):
+        """A server of Unix stream connections, one at a time.
+
+        As `socketserver.UnixStreamServer`, plus care for the socket's file.
+
+        Args:
+            server_address: a path, or an abstract name that begins with a zero byte.
+            RequestHandlerClass: the handler, see `BaseServer`.
+            bind_and_activate: see `TCPServer`.
+        """
+
+        def _close_listener(self) -> None:
+            self._unlink_own_file()
+            super()._close_listener()
+
+
+def _is_path(address: str | bytes) -> bool:
+    """Tell a path in the file system from an abstract or an automatic name."""
+    return bool(address) and address[0] not in ("\0", 0)
