@@ -7,8 +7,8 @@ exception only.
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
-from types import TracebackType
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -37,35 +37,29 @@ def ungrouped(error: BaseException, raised: BaseException | None) -> BaseExcepti
     return error
 
 
-class UngroupedNursery:
-    """A nursery, as an async context manager, that raises a lone exception bare.
+@asynccontextmanager
+async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
+    """Open a nursery that raises a lone exception bare.
 
     An exception of the body leaves it as the very object that was raised.
     """
-
-    def __init__(self) -> None:
-        self._nursery: AbstractAsyncContextManager[trio.Nursery, bool | None]
-        self._nursery = trio.open_nursery()
-
-    async def __aenter__(self) -> trio.Nursery:
-        return await self._nursery.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        try:
-            return await self._nursery.__aexit__(exc_type, exc, traceback)
-        except BaseException as error:
-            crash = ungrouped(error, exc)
-        if crash is exc:
-            return False
-        context = crash.__context__
-        try:
-            raise crash
-        finally:
-            # It is raised anew, not because of what is being handled here.
-            crash.__context__ = context
-            del crash, context, exc
+    raised: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                yield nursery
+            except BaseException as error:
+                raised = error
+                raise
+        return
+    except BaseException as error:  # noqa: ASYNC103 (what is not raised here is below)
+        crash = ungrouped(error, raised)
+        if crash is error:
+            raise
+    context = crash.__context__
+    try:
+        raise crash
+    finally:
+        # It is raised anew, not because of what was being handled here.
+        crash.__context__ = context
+        del crash, context, raised

@@ -238,7 +238,8 @@ async def run_handler(handler: BaseRequestHandler, cleanup_timeout: float) -> No
         handler.handled = True
     except BaseException:
         try:
-            await _finish(handler, cleanup_timeout)
+            # It shields itself, where it waits.
+            await _finish(handler, cleanup_timeout)  # noqa: ASYNC102
         except Exception as error:
             if is_peer_fault(error):
                 logger.info("finish() of %r: %s", type(handler).__qualname__, error)

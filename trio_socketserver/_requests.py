@@ -8,19 +8,19 @@ The rules:
 * Closing happens in one place, the end of the host task, whoever asks for it and whatever
   forces it: first stop accepting, then join. Asking is setting an event, so it can be done
   from anywhere, a request included.
-* What the block raises leaves as it was raised, see `UngroupedNursery`.
+* What the block raises leaves as it was raised, see `open_ungrouped_nursery`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 import trio
 
-from ._groups import UngroupedNursery
+from ._groups import only_cancelled, open_ungrouped_nursery
 
 _surrounding: ContextVar[tuple[RequestNursery, ...]] = ContextVar(
     "trio_socketserver_requests", default=()
@@ -29,37 +29,44 @@ _surrounding: ContextVar[tuple[RequestNursery, ...]] = ContextVar(
 
 
 class RequestNursery:
-    """An async context manager around a server's requests.
+    """A server's requests, from entering to closing.
 
-    Args:
-        stop_accepting: called once when closing begins, perhaps in a cancelled scope; when
-            it has returned, no new request may come.
-        patience: called next; the seconds for which requests may go on before they are
-            cancelled.
+    Attributes:
+        crashed: whether a request has ended the server, by raising what is no `Exception`.
     """
 
-    def __init__(
-        self,
-        stop_accepting: Callable[[], Awaitable[None]],
-        patience: Callable[[], float],
-    ) -> None:
-        self._stop_accepting = stop_accepting
-        self._patience = patience
+    def __init__(self) -> None:
         self._close_asked = trio.Event()
         self._closed = trio.Event()
         self._inner: trio.Nursery | None = None
-        self._outer = UngroupedNursery()
+        self.crashed = False
 
-    async def __aenter__(self) -> RequestNursery:
-        outer = await self._outer.__aenter__()
-        try:
-            await outer.start(self._host)
-        except BaseException as error:
-            await self.__aexit__(type(error), error, error.__traceback__)
-            raise
-        return self
+    @asynccontextmanager
+    async def open(
+        self, stop_accepting: Callable[[], Awaitable[None]], patience: Callable[[], float]
+    ) -> AsyncGenerator[None]:
+        """Have the nursery for the length of the block; once only.
 
-    async def _host(self, task_status: trio.TaskStatus[None]) -> None:
+        Args:
+            stop_accepting: called once when closing begins, perhaps in a cancelled scope;
+                when it has returned, no new request may come.
+            patience: called next; the seconds for which requests may go on before they are
+                cancelled.
+        """
+        async with open_ungrouped_nursery() as outer:
+            await outer.start(self._host, stop_accepting, patience)
+            try:
+                yield
+            finally:
+                self.ask_to_close()
+
+    async def _host(
+        self,
+        stop_accepting: Callable[[], Awaitable[None]],
+        patience: Callable[[], float],
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        """Hold the nursery open until closing is asked for, then close it."""
         try:
             async with trio.open_nursery() as self._inner:
                 try:
@@ -67,23 +74,18 @@ class RequestNursery:
                     await self._close_asked.wait()
                 finally:
                     self._close_asked.set()
-                    await self._stop_accepting()
-                patience = self._patience()
-                if patience <= 0:
+                    # Bounded by its own shield.
+                    await stop_accepting()  # noqa: ASYNC102
+                seconds = patience()
+                if seconds <= 0:
                     self._inner.cancel_scope.cancel()
                 else:
-                    self._inner.cancel_scope.deadline = trio.current_time() + patience
+                    self._inner.cancel_scope.deadline = trio.current_time() + seconds
+        except BaseException as error:
+            self.crashed = not only_cancelled(error)
+            raise
         finally:
             self._closed.set()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        self._close_asked.set()
-        return await self._outer.__aexit__(exc_type, exc, traceback)
 
     @property
     def closing(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from ._groups import UngroupedNursery
+from ._groups import open_ungrouped_nursery
 from ._server import BaseServer
 
 __all__ = ["run"]
@@ -48,7 +48,7 @@ async def _serve_until_signal(server: BaseServer) -> None:
     if server.graceful_timeout == math.inf:
         server.graceful_timeout = GRACEFUL_TIMEOUT
     with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
-        async with UngroupedNursery() as nursery:
+        async with open_ungrouped_nursery() as nursery:
             with trio.CancelScope() as hard:
                 nursery.start_soon(_stop_on_signals, signals, server, hard)
                 async with server:

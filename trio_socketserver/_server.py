@@ -21,7 +21,7 @@ import logging
 import math
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
@@ -165,6 +165,7 @@ class BaseServer:
         self._accept_errors = AcceptErrors()
         self._drain = Drain()
         self._requests: RequestNursery | None = None
+        self._block: AbstractAsyncContextManager[None] = contextlib.nullcontext()
         self._arriving: _Life | None = None
         self._room: trio.Event | None = None
         self._keeps_listener = False
@@ -172,7 +173,7 @@ class BaseServer:
     # -- the handler -----------------------------------------------------------------
 
     @property
-    def RequestHandlerClass(self) -> Handler:  # noqa: N802
+    def RequestHandlerClass(self) -> Handler:
         """The handler. Assigning another takes effect with the next request.
 
         Raises:
@@ -181,7 +182,7 @@ class BaseServer:
         return self._request_handler_class
 
     @RequestHandlerClass.setter
-    def RequestHandlerClass(self, handler: Handler) -> None:  # noqa: N802
+    def RequestHandlerClass(self, handler: Handler) -> None:
         self._check_handler(handler, handler_kind(handler))
         self._request_handler_class = handler
 
@@ -211,7 +212,8 @@ class BaseServer:
         if self._requests is not None:
             raise RuntimeError("this server has been entered already")
         self._loop.enter()
-        await self._open_requests(keeps_listener=False)
+        self._block = self._with_requests(keeps_listener=False)
+        await self._block.__aenter__()
         return self
 
     async def __aexit__(
@@ -220,50 +222,33 @@ class BaseServer:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
-        return await self._close_requests(exc_type, exc, traceback)
+        # A nursery's exit, which bounds its own cleaning up.
+        return await self._block.__aexit__(exc_type, exc, traceback)  # noqa: ASYNC102
 
-    async def _open_requests(self, *, keeps_listener: bool) -> None:
+    @asynccontextmanager
+    async def _with_requests(self, *, keeps_listener: bool) -> AsyncGenerator[None]:
+        """Have a nursery for requests for the length of the block."""
         self._drain = Drain()
         self._keeps_listener = keeps_listener
-        self._requests = RequestNursery(self._stop_accepting, self._patience)
+        self._requests = requests = RequestNursery()
         try:
-            await self._requests.__aenter__()
-        except BaseException:
-            self._requests = None
-            raise
-
-    async def _close_requests(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        assert self._requests is not None
-        try:
-            return await self._requests.__aexit__(exc_type, exc, traceback)
-        except BaseException as crash:
-            if crash is not exc and not only_cancelled(crash):
-                self._close_listener()  # A request ended the server.
-            raise
+            async with requests.open(self._stop_accepting, self._patience):
+                yield
         finally:
             self._requests = None
+            if requests.crashed:
+                self._close_listener()
 
     @asynccontextmanager
     async def _entered(self) -> AsyncGenerator[None]:
-        """Have a request nursery: the server's, or one for the length of the block."""
-        if self._requests is not None:
-            if self._requests.closing:
-                raise RuntimeError("this server is closing or has been closed")
-            yield
-            return
-        await self._open_requests(keeps_listener=True)
-        try:
-            yield
-        except BaseException as error:
-            if not await self._close_requests(type(error), error, error.__traceback__):
-                raise
+        """Use the server's nursery, or one of its own for the length of the block."""
+        if self._requests is None:
+            async with self._with_requests(keeps_listener=True):
+                yield
+        elif self._requests.closing:
+            raise RuntimeError("this server is closing or has been closed")
         else:
-            await self._close_requests(None, None, None)
+            yield
 
     async def _stop_accepting(self) -> None:
         self._drain.begin()
@@ -311,7 +296,7 @@ class BaseServer:
 
     # -- serving ---------------------------------------------------------------------
 
-    async def serve_forever(
+    async def serve_forever(  # noqa: ASYNC128 (_run_loop calls started())
         self,
         poll_interval: float = 0.5,
         *,
@@ -497,7 +482,8 @@ class BaseServer:
         finally:
             if life.outcome is not _Outcome.HANDED_ON:
                 try:
-                    await self._close(life)
+                    # It shields itself, where it waits.
+                    await self._close(life)  # noqa: ASYNC102
                 finally:
                     self._count(life.outcome)
 
