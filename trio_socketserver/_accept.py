@@ -22,7 +22,7 @@ import ssl
 
 import trio
 
-logger = logging.getLogger("trio_socketserver")
+from ._log import log
 
 
 def _errnos(*names: str) -> frozenset[int]:
@@ -99,7 +99,8 @@ class AcceptErrors:
         if error.errno in THIS_CONNECTION:
             return
         if not self.delay:
-            logger.error(
+            log(
+                logging.ERROR,
                 "cannot accept (%s); trying again after %g ms, then up to every %g s",
                 error,
                 BACK_OFF_FIRST * 1000,

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import ipaddress
 import logging
-import os
+import math
+import operator
+import re
+import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
-from . import _combinations, _datagram_servers, _stream_servers
+import trio_socketserver
+
 from ._handlers import DatagramRequestHandler, StreamRequestHandler
 from ._run import GRACEFUL_TIMEOUT, run
 from ._server import BaseServer, Handler
 
-DEFAULT_BIND = "127.0.0.1:9999"
+PROGRAM: Final = "python -m trio_socketserver"
+DEFAULT_BIND: Final = "127.0.0.1:9999"
+LARGEST_PORT: Final = 65535
 
-logger = logging.getLogger("trio_socketserver")
+INTERNET_ADDRESS: Final = re.compile(
+    r"(?:\[(?P<ipv6>[^]]*)\]|(?P<host>[^][:]*)):(?P<port>[0-9]{1,5})"
+)
 
 
 class EchoStream(StreamRequestHandler):
@@ -54,7 +64,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _seconds(text: str) -> float:
     seconds = float(text)
-    if not seconds > 0:
+    # run() puts its own bound in the place of an infinite one.
+    if not 0 < seconds < math.inf:
         raise ValueError
     return seconds
 
@@ -72,16 +83,19 @@ _count.__name__ = "count"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the command's argument parser."""
+    """Return the command's argument parser. Its help fits a screen of 80 x 24."""
     parser = _Parser(
-        prog="python -m trio_socketserver",
-        description="Serve a request handler. Ctrl-C drains the server, twice stops it.",
+        prog=PROGRAM,
+        usage="%(prog)s [OPTIONS] [HANDLER]",
+        description="Serve a request handler. Ctrl-C drains the server, twice cancels it.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=31),
     )
     parser.add_argument(
         "handler",
         metavar="HANDLER",
         nargs="?",
-        help="module:attribute, a handler class or coroutine function (default: an echo)",
+        help="module:attribute, a handler class or a coroutine function (default: an echo)",
     )
     parser.add_argument(
         "--bind",
@@ -92,22 +106,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--udp", action="store_true", help="serve datagrams")
     parser.add_argument(
         "--dispatch",
+        metavar="HOW",
         choices=["sequential", "nursery"],
         default="nursery",
-        help="one request at a time, or a task for each (default: %(default)s)",
+        help="%(choices)s: one request at a time, or a task for each (default: %(default)s)",
     )
     parser.add_argument(
         "--max-requests-at-once",
         metavar="N",
         type=_count,
-        help="leave further requests to the kernel's queue",
+        help="leave what comes beyond to the kernel's queue",
     )
     parser.add_argument(
         "--graceful-timeout",
         metavar="SECONDS",
         type=_seconds,
         default=GRACEFUL_TIMEOUT,
-        help="how long stopping waits for requests (default: %(default)g)",
+        help="how long draining may take (default: %(default)g)",
     )
     parser.add_argument(
         "--request-timeout",
@@ -132,43 +147,41 @@ def parse_address(text: str) -> tuple[int, Any]:
     Raises:
         UsageError: it is none of these.
     """
+    bad = UsageError(f"bad address {text!r}: write host:port, [ipv6]:port or unix:/path")
     if text.startswith("unix:"):
         if not hasattr(socket, "AF_UNIX"):
             raise UsageError("this system has no Unix sockets")
+        if text == "unix:":
+            raise bad
         return socket.AF_UNIX, text.removeprefix("unix:")
-    host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise UsageError(
-            f"bad address {text!r}: write host:port, [ipv6]:port or unix:/path"
-        )
-    if host.startswith("[") and host.endswith("]"):
-        return socket.AF_INET6, (host[1:-1], int(port))
-    if ":" in host:
-        raise UsageError(f"bad address {text!r}: write an IPv6 address in brackets")
-    return socket.AF_INET, (host, int(port))
+    match = INTERNET_ADDRESS.fullmatch(text)
+    if match is None or (port := int(match["port"])) > LARGEST_PORT:
+        raise bad
+    if match["ipv6"] is None:
+        return socket.AF_INET, (match["host"], port)
+    try:
+        ipaddress.IPv6Address(match["ipv6"])
+    except ValueError as error:
+        raise bad from error
+    return socket.AF_INET6, (match["ipv6"], port)
 
 
 def load_handler(name: str) -> Handler:
     """Import ``module:attribute``.
 
     Raises:
-        UsageError: the name or what it stands for is not there, or cannot be imported.
+        UsageError: there is no such thing, or its module cannot be imported.
     """
-    module_name, colon, path = name.partition(":")
-    if not (module_name and colon and path):
+    module_name, _, path = name.partition(":")
+    if not (module_name and path):
         raise UsageError(f"bad handler {name!r}: write module:attribute")
     try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
+        handler: Handler = operator.attrgetter(path)(importlib.import_module(module_name))
+    except (Exception, SystemExit) as error:
+        # What ends an import, a script's sys.exit() included, is the module's fault.
         raise UsageError(
-            f"cannot import {module_name!r}: {type(error).__name__}: {error}"
+            f"cannot load {name!r}: {type(error).__name__}: {error}"
         ) from error
-    for attribute in path.split("."):
-        try:
-            found = getattr(found, attribute)
-        except AttributeError as error:
-            raise UsageError(f"module {module_name!r} has no {path!r}") from error
-    handler: Handler = found
     return handler
 
 
@@ -179,59 +192,68 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         UsageError: it cannot be made.
     """
     family, address = parse_address(options.bind)
-    unix = family == getattr(socket, "AF_UNIX", None)
-    kind = ("Unix" if unix else "") + (
-        ("Datagram" if unix else "UDP") if options.udp else ("Stream" if unix else "TCP")
-    )
-    server_class: Any
-    if options.dispatch == "nursery":
-        server_class = getattr(_combinations, f"Nursery{kind}Server")
+    if family in (socket.AF_INET, socket.AF_INET6):
+        kind = "UDP" if options.udp else "TCP"
     else:
-        module = _datagram_servers if options.udp else _stream_servers
-        server_class = getattr(module, f"{kind}Server")
+        kind = "UnixDatagram" if options.udp else "UnixStream"
+    attributes = {
+        "address_family": family,
+        "graceful_timeout": options.graceful_timeout,
+        "request_timeout": options.request_timeout,
+    }
+    concurrent = options.dispatch == "nursery"
+    if concurrent and options.max_requests_at_once is not None:
+        attributes["max_tasks"] = options.max_requests_at_once
+    name = f"Nursery{kind}Server" if concurrent else f"{kind}Server"
+    server_class = type(name, (getattr(trio_socketserver, name),), attributes)
     handler: Handler = EchoDatagram if options.udp else EchoStream
     if options.handler is not None:
         handler = load_handler(options.handler)
-    configured = type(
-        server_class.__name__,
-        (server_class,),
-        {
-            "address_family": family,
-            "graceful_timeout": options.graceful_timeout,
-            "request_timeout": options.request_timeout,
-        },
-    )
     try:
-        server: BaseServer = configured(address, handler)
+        server: BaseServer = server_class(address, handler)
     except TypeError as error:
         raise UsageError(str(error)) from error
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot bind {options.bind}: {reason}") from error
-    if options.max_requests_at_once is not None:
-        server.max_tasks = options.max_requests_at_once  # type: ignore[attr-defined]
     return server
 
 
-def try_it(family: int, address: Any, *, udp: bool) -> str:
-    """Return a shell command that talks to a server of lines or datagrams."""
-    if isinstance(address, tuple):
+def shown(address: Any) -> str:
+    """Write a bound address as ``--bind`` takes it."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def try_it(server: Any) -> str:
+    """Return a shell command that says hello to a server of lines or datagrams."""
+    address = server.server_address
+    family = socket.AddressFamily(server.address_family).name
+    kind = socket.SocketKind(server.socket_type).name
+    if family != "AF_UNIX":
         host, port = address[:2]
         # What is bound to every address can be reached at the local one.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        address = (host, port)
-    kind = "SOCK_DGRAM" if udp else "SOCK_STREAM"
-    name = {
-        socket.AF_INET: "AF_INET",
-        socket.AF_INET6: "AF_INET6",
-    }.get(socket.AddressFamily(family), "AF_UNIX")
-    # A Unix client that wants an answer to a datagram needs a name of its own.
-    bind = "s.bind(''); " if udp and name == "AF_UNIX" else ""
-    return (
-        f'{os.path.basename(sys.executable)} -c "from socket import *; '
-        f"s = socket({name}, {kind}); {bind}s.connect({address!r}); "
-        "s.send(b'hello\\n'); print(s.recv(99))\""
-    )
+        address = ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    if family != "AF_UNIX" and kind == "SOCK_STREAM":
+        connect = f"s = create_connection({address!r})"
+    else:
+        # A Unix client that wants an answer to a datagram needs a name of its own.
+        bind = "s.bind(''); " if (family, kind) == ("AF_UNIX", "SOCK_DGRAM") else ""
+        connect = f"s = socket({family}, {kind}); {bind}s.connect({address!r})"
+    code = f"from socket import *; {connect}; s.send(b'hello\\n'); print(s.recv(99))"
+    # Double quotes suit every shell, as long as no path has a meaning inside of them.
+    plain = set('"$`!\\').isdisjoint(repr(address))
+    python = next(filter(shutil.which, ("python3", "python")), sys.executable)
+    return f"{shlex.quote(python)} -c " + (f'"{code}"' if plain else shlex.quote(code))
+
+
+def say(*lines: str) -> None:
+    """Print lines; what stdout cannot encode, a path perhaps, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,31 +267,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = make_parser().parse_args(arguments)
-        server = make_server(options)
+        server: Any = make_server(options)
     except UsageError as error:
-        print(f"python -m trio_socketserver: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        print(f"{PROGRAM}: {line}", file=sys.stderr)
         return 2
-    level = logging.ERROR if options.quiet else logging.WARNING
+    normal = logging.ERROR if options.quiet else logging.WARNING
     logging.basicConfig(
-        level=logging.INFO if options.verbose else level,
+        level=logging.INFO if options.verbose else normal,
         format="%(asctime)s %(levelname)s %(message)s",
     )
-    if not options.quiet:
-        _announce(server, udp=options.udp)
-    run(server)
-    if not options.quiet:
-        numbers = asdict(server.statistics())
-        print(", ".join(f"{name} {n}" for name, n in numbers.items() if n) or "no requests")
+    if options.quiet:
+        run(server)
+        return 0
+    what = options.handler or server.RequestHandlerClass.__name__
+    start = f"serving {what} on {shown(server.server_address)}"
+    run(server, started=lambda: say(start, f"try: {try_it(server)}"))
+    numbers = asdict(server.statistics())
+    say(", ".join(f"{name} {n}" for name, n in numbers.items() if n) or "no requests")
     return 0
-
-
-def _announce(server: Any, *, udp: bool) -> None:
-    address = server.server_address
-    shown = address
-    if isinstance(address, tuple):
-        host, port = address[:2]
-        shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    elif isinstance(address, str):
-        shown = f"unix:{address}"
-    print(f"serving {server.RequestHandlerClass.__qualname__} on {shown}")
-    print(f"try: {try_it(server.address_family, address, udp=udp)}", flush=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from typing import Final
 
 import trio
@@ -145,7 +145,7 @@ class StreamReader:
             del self._buffer[:size]
         return taken
 
-    async def _receive(self, wanted: int, *, idle: bool = False) -> bytes:
+    def _receive(self, wanted: int, *, idle: bool = False) -> Awaitable[bytes]:
         """Receive one chunk, which the caller puts into the buffer or hands out.
 
         Args:
@@ -154,8 +154,8 @@ class StreamReader:
         """
         size = self._size or wanted
         if idle and self._drain is not None:
-            return await self._stream.receive_idle(size, self._drain, served=self._served)
-        return await self._stream.receive_some(size)
+            return self._stream.receive_idle(size, self._drain, served=self._served)
+        return self._stream.receive_some(size)
 
     # -- reading by size -------------------------------------------------------------
 

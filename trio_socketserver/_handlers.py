@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import enum
 import inspect
-import logging
 import socket
 from io import BytesIO
 from typing import Any, ClassVar
@@ -21,11 +20,10 @@ from . import _files
 from ._colour import check_colours, innermost, is_asynchronous
 from ._draining import Drain
 from ._exceptions import RequestTimeout, is_peer_fault
+from ._log import log_error
 from ._sockets import DatagramSocket, StreamSocket
 
 __all__ = ["BaseRequestHandler", "DatagramRequestHandler", "StreamRequestHandler"]
-
-logger = logging.getLogger("trio_socketserver")
 
 PHASES = ("setup", "handle", "finish")
 
@@ -80,11 +78,14 @@ class BaseRequestHandler:
         server's ``cleanup_timeout`` seconds. Does nothing, without a checkpoint.
         """
 
-    def has_nothing_to_finish(self) -> bool:
-        """Tell whether ``finish()`` would return without waiting.
+    def finish_now(self) -> bool:
+        """Do what ``finish()`` would do, if it is known not to wait.
 
-        The server then spares the request a shielded scope, a tenth of what a short
-        connection costs.
+        It spares the request a shielded scope: a tenth of what a short connection costs,
+        and a quarter of a datagram.
+
+        Returns:
+            Whether it is done. If not, ``finish()`` is called.
         """
         return type(self).finish is BaseRequestHandler.finish
 
@@ -145,8 +146,8 @@ class StreamRequestHandler(BaseRequestHandler):
         if self.wfile.pending:
             await self.wfile.flush()
 
-    def has_nothing_to_finish(self) -> bool:
-        """Tell whether ``finish()`` would return without waiting."""
+    def finish_now(self) -> bool:
+        """Do what ``finish()`` would do, if ``wfile`` holds nothing."""
         return type(self).finish is StreamRequestHandler.finish and not self.wfile.pending
 
 
@@ -178,11 +179,12 @@ class DatagramRequestHandler(BaseRequestHandler):
         if self.handled and (reply := self.wfile.getvalue()):
             await self.socket.sendto(reply, self.client_address)
 
-    def has_nothing_to_finish(self) -> bool:
-        """Tell whether ``finish()`` would return without waiting."""
-        return type(self).finish is DatagramRequestHandler.finish and not (
-            self.handled and self.wfile.tell()
-        )
+    def finish_now(self) -> bool:
+        """Do what ``finish()`` would do, if the reply can be sent at once."""
+        if type(self).finish is not DatagramRequestHandler.finish:
+            return False
+        reply = self.wfile.getvalue() if self.handled else b""
+        return not reply or self.socket.sendto_now(reply, self.client_address)
 
 
 class HandlerKind(enum.Enum):
@@ -229,8 +231,9 @@ async def run_handler(handler: BaseRequestHandler, cleanup_timeout: float) -> No
     Raises:
         RequestTimeout: ``finish()`` took longer and was cut.
 
-    Whatever ``handle()`` raises is raised. If ``finish()`` fails too, its error is logged:
-    the first error is the one to look into, and a cancellation must stay one.
+    Whatever ``handle()`` raises is raised. If ``finish()`` fails too, its error is logged,
+    or dropped if it is the peer's: the first error is the one to look into, and a
+    cancellation must stay one.
     """
     await handler.setup()
     try:
@@ -241,17 +244,14 @@ async def run_handler(handler: BaseRequestHandler, cleanup_timeout: float) -> No
             # It shields itself, where it waits.
             await _finish(handler, cleanup_timeout)  # noqa: ASYNC102
         except Exception as error:
-            if is_peer_fault(error):
-                logger.info("finish() of %r: %s", type(handler).__qualname__, error)
-            else:
-                logger.exception("finish() of %r failed", type(handler).__qualname__)
+            if not is_peer_fault(error):
+                log_error(error, "finish() of %r failed", type(handler).__qualname__)
         raise
     await _finish(handler, cleanup_timeout)
 
 
 async def _finish(handler: BaseRequestHandler, cleanup_timeout: float) -> None:
-    if handler.has_nothing_to_finish():
-        await handler.finish()
+    if handler.finish_now():
         return
     with trio.CancelScope(
         deadline=trio.current_time() + cleanup_timeout, shield=True

@@ -17,7 +17,6 @@ import contextlib
 import enum
 import functools
 import inspect
-import logging
 import math
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -34,12 +33,11 @@ from ._exceptions import RequestTimeout, is_peer_fault
 from ._groups import only_cancelled
 from ._handlers import HandlerKind, handler_kind, run_handler
 from ._lifecycle import LoopState, ServingLoop
+from ._log import log_error
 from ._requests import RequestNursery
 from ._statistics import Counters, ServerStatistics
 
 __all__ = ["BaseServer"]
-
-logger = logging.getLogger("trio_socketserver")
 
 Handler: TypeAlias = Callable[[Any, Any, Any], Any]
 """A handler class, or a function, called with (request, client_address, server)."""
@@ -83,13 +81,14 @@ class _Outcome(enum.Enum):
 class _Life:
     """A request and the stage of its life that somebody is responsible for."""
 
-    __slots__ = ("client_address", "is_settled", "outcome", "request")
+    __slots__ = ("blames_peer", "client_address", "is_settled", "outcome", "request")
 
     def __init__(self, request: Any, client_address: Any) -> None:
         self.request = request
         self.client_address = client_address
         self.outcome = _Outcome.COMPLETED
         self.is_settled = False
+        self.blames_peer = False
 
     def hand_on(self) -> None:
         """Somebody else answers for the request from now on, whatever happens here."""
@@ -245,18 +244,18 @@ class BaseServer:
         if self._requests is None:
             async with self._with_requests(keeps_listener=True):
                 yield
-        elif self._requests.closing:
+        elif self._requests.closing and self._loop.state is not LoopState.STOP_REMEMBERED:
             raise RuntimeError("this server is closing or has been closed")
         else:
             yield
 
     async def _stop_accepting(self) -> None:
         self._drain.begin()
+        self._loop.stop()
         if self._loop.active:
             with trio.CancelScope(
                 deadline=trio.current_time() + self.cleanup_timeout, shield=True
             ):
-                self._loop.stop()
                 await self._loop.wait_ended()
         if not self._keeps_listener:
             self._close_listener()
@@ -279,6 +278,7 @@ class BaseServer:
         """
         requests = self._requests
         if requests is None:
+            self._loop.stop()
             self._close_listener()
             await trio.lowlevel.checkpoint()
             return
@@ -354,7 +354,8 @@ class BaseServer:
     ) -> None:
         async with self._entered():
             with self._loop.run() as scope:
-                self._prepare_listener()
+                if not scope.cancel_called:
+                    self._prepare_listener()
                 task_status.started(self.server_address)
                 with scope:
                     await body()
@@ -468,14 +469,7 @@ class BaseServer:
         except BaseExceptionGroup as group:
             cancelled = only_cancelled(group)
             life.end(_Outcome.CANCELLED if cancelled else _Outcome.FAILED)
-            errors, rest = group.split(Exception)
-            if errors is not None:
-                try:
-                    raise errors
-                except ExceptionGroup:
-                    await self._report(life, errors)
-            if rest is not None:
-                raise rest from None
+            await self._report_group(life, group)
         except BaseException:
             life.end(_Outcome.FAILED)
             raise
@@ -485,7 +479,7 @@ class BaseServer:
                     # It shields itself, where it waits.
                     await self._close(life)  # noqa: ASYNC102
                 finally:
-                    self._count(life.outcome)
+                    self._count(life)
 
     async def _close(self, life: _Life) -> None:
         """Close the request, within ``cleanup_timeout`` and whatever is cancelled."""
@@ -508,6 +502,9 @@ class BaseServer:
         except Exception as error:
             life.end(_Outcome.FAILED)
             await self._report(life, error)
+        except BaseExceptionGroup as group:
+            life.end(_Outcome.FAILED)
+            await self._report_group(life, group)
         finally:
             if not closed:
                 self._abort(life.request)
@@ -519,23 +516,40 @@ class BaseServer:
     def _abort(self, request: Any) -> None:
         """Close at once what `shutdown_request()` has left open."""
 
-    def _count(self, outcome: _Outcome) -> None:
-        counters, name = self._counters, outcome.value
+    def _count(self, life: _Life) -> None:
+        counters, name = self._counters, life.outcome.value
         setattr(counters, name, getattr(counters, name) + 1)
+        if life.blames_peer and life.outcome is _Outcome.FAILED:
+            counters.peer_errors += 1
         if self._room is not None:
             self._room.set()
             self._room = None
 
     async def _report(self, life: _Life, error: Exception) -> None:
         """Give an error, which is being handled, to `handle_error()`."""
-        if is_peer_fault(error):
-            self._counters.peer_errors += 1
+        life.blames_peer = life.blames_peer or is_peer_fault(error)
+        failure = "handle_error() failed for the request of %r"
         try:
             await self.handle_error(life.request, life.client_address)
-        except Exception:
-            # Should logging fail too, there is nobody left to tell.
-            with contextlib.suppress(Exception):
-                logger.exception("handle_error() failed for %r", life.client_address)
+        except Exception as another:
+            log_error(another, failure, life.client_address)
+        except BaseExceptionGroup as group:
+            errors, rest = group.split(Exception)
+            if errors is not None:
+                log_error(errors, failure, life.client_address)
+            if rest is not None:
+                raise rest from None
+
+    async def _report_group(self, life: _Life, group: BaseExceptionGroup[Any]) -> None:
+        """Report the part of a group that is an error, and raise the rest."""
+        errors, rest = group.split(Exception)
+        if errors is not None:
+            try:
+                raise errors
+            except ExceptionGroup:
+                await self._report(life, errors)
+        if rest is not None:
+            raise rest from None
 
     # -- hooks -----------------------------------------------------------------------
 
@@ -624,12 +638,8 @@ class BaseServer:
         line at level INFO for what is the peer's (a reset, a timeout, a line too long).
         """
         error = sys.exception()
-        if error is not None and is_peer_fault(error):
-            logger.info("%r: %s: %s", client_address, type(error).__name__, error)
-        else:
-            logger.error(
-                "exception while serving a request of %r", client_address, exc_info=error
-            )
+        if isinstance(error, Exception):
+            log_error(error, "exception while serving a request of %r", client_address)
 
     async def handle_timeout(self) -> None:
         """Called by `handle_request()` when no request came in time. No checkpoint."""

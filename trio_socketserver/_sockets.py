@@ -83,7 +83,7 @@ class _PlainNames:
 
     @property
     def socket(self) -> socketlib.socket:
-        """The underlying non-blocking socket."""
+        """The underlying non-blocking socket; not for waiting or closing."""
         return self._sock
 
     def fileno(self) -> int:
@@ -131,7 +131,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     part. Closing always closes, cancelled or not.
     """
 
-    __slots__ = ("_eof_sent", "_sending", "_timeout")
+    __slots__ = ("__weakref__", "_eof_sent", "_sending", "_timeout", "_waiting")
 
     def __init__(self, sock: socketlib.socket) -> None:
         if sock.type != socketlib.SOCK_STREAM:
@@ -140,6 +140,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         self._sending = False
         self._eof_sent = False
         self._timeout: float | None = None
+        self._waiting = 0
 
     # -- waiting ---------------------------------------------------------------------
 
@@ -166,6 +167,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
 
     async def _wait(self, ready: Callable[[socketlib.socket], Awaitable[None]]) -> None:
         """Wait for the peer within the timeout; may return early, so try again after it."""
+        self._waiting += 1
         try:
             if self._timeout is None:
                 await ready(self._sock)
@@ -176,6 +178,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             if self._sock.fileno() == -1:
                 raise
             return  # interrupt()
+        finally:
+            self._waiting -= 1
         if scope.cancelled_caught:
             raise RequestTimeout(f"the peer kept us waiting for {self._timeout:g} s")
 
@@ -261,21 +265,33 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         Raises:
             Drained: the server is draining and nothing has come.
         """
-
-        async def wait() -> None:
+        # _call() with the wait in it: lines pass here, and two coroutines less are a tenth
+        # of a ping-pong.
+        await checkpoint_if_cancelled()
+        waited = False
+        while True:
+            try:
+                data = self._sock.recv(max_bytes)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise self._failure(error) from error
+            else:
+                if not waited:
+                    await cancel_shielded_checkpoint()
+                return data
+            waited = True
             if drain.event.is_set():
                 with trio.move_on_at(drain.deadline(served=served)) as scope:
                     await self._wait(wait_readable)
                 if scope.cancelled_caught:
                     raise Drained
-                return
+                continue
             drain.waiting.add(self)
             try:
                 await self._wait(wait_readable)
             finally:
                 drain.waiting.discard(self)
-
-        return await self._call(wait, self._sock.recv, max_bytes)
 
     # -- sending ---------------------------------------------------------------------
 
@@ -400,7 +416,10 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
 
     def close_now(self) -> None:
         """Close without a checkpoint; idempotent."""
-        close_socket(self._sock)
+        if self._waiting:
+            close_socket(self._sock)
+        else:
+            self._sock.close()  # Nobody to wake: 2 µs less.
 
     async def aclose(self) -> None:
         """Close the socket, even when cancelled; idempotent.
@@ -451,28 +470,38 @@ class DatagramSocket(_PlainNames):
 
         Cancellation: a cancelled call has sent nothing.
         """
+        await checkpoint_if_cancelled()
+        delay = UNIX_BACK_OFF_FIRST
+        while (sent := self._sendto(data, *args)) is None:
+            if self._sock.family == getattr(socketlib, "AF_UNIX", None):
+                await trio.sleep(delay)
+                delay = min(delay * 2, UNIX_BACK_OFF_LIMIT)
+            else:
+                async with self._turn:
+                    await wait_writable(self._sock)
+        await cancel_shielded_checkpoint()
+        return sent
+
+    def sendto_now(self, data: Buffer, address: Address) -> bool:
+        """Send a datagram if that does not block. No checkpoint; raises as `sendto` does.
+
+        Returns:
+            Whether it was sent.
+        """
+        return self._sendto(data, address) is not None
+
+    def _sendto(self, data: Buffer, *args: Any) -> int | None:
         if not args[-1]:
             raise ConnectionBroken(
                 errno.EDESTADDRREQ, "the sender has no address to reply to"
             )
-        await checkpoint_if_cancelled()
-        delay = UNIX_BACK_OFF_FIRST
-        while True:
-            try:
-                sent = self._sock.sendto(data, *args)
-            except BlockingIOError:
-                if self._sock.family == getattr(socketlib, "AF_UNIX", None):
-                    await trio.sleep(delay)
-                    delay = min(delay * 2, UNIX_BACK_OFF_LIMIT)
-                else:
-                    async with self._turn:
-                        await wait_writable(self._sock)
-            except (ConnectionError, FileNotFoundError) as error:
-                raise connection_broken(error) from error
-            except OSError as error:
-                if self._sock.fileno() == -1:
-                    raise trio.ClosedResourceError("the server has closed") from error
-                raise
-            else:
-                await cancel_shielded_checkpoint()
-                return sent
+        try:
+            return self._sock.sendto(data, *args)
+        except BlockingIOError:
+            return None
+        except (ConnectionError, FileNotFoundError) as error:
+            raise connection_broken(error) from error
+        except OSError as error:
+            if self._sock.fileno() == -1:
+                raise trio.ClosedResourceError("the server has closed") from error
+            raise

@@ -8,6 +8,7 @@ server is made, an address is good at once, and a privileged port can be bound b
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket as socketlib
 import stat
@@ -15,6 +16,7 @@ from typing import Any, Final, Self
 
 import trio
 
+from ._log import log
 from ._server import BaseServer, Handler
 from ._sockets import ListeningSocket, StreamSocket, close_socket
 
@@ -26,9 +28,6 @@ BACKLOG: Final = 128
 socketserver's 5 makes a burst of six clients wait a second for a retried SYN. asyncio takes
 100, gevent 256, trio whatever the system allows; Linux cuts it at net.core.somaxconn.
 """
-
-WILDCARDS: Final = frozenset({"", "::", "::0"})
-"""The ways to write "every IPv6 address"."""
 
 
 class TCPServer(BaseServer):
@@ -102,8 +101,9 @@ class TCPServer(BaseServer):
 
         Args:
             sock: the socket, inherited from a parent process or a service manager. The
-                server owns it from now on. It is made non-blocking, for everyone who
-                shares it.
+                server owns it from now on, and closes it; a plain socket that somebody
+                else closes leaves the loop waiting for ever, because the kernel does not
+                tell. It is made non-blocking, for everyone who shares it.
             RequestHandlerClass: the handler.
 
         Raises:
@@ -130,13 +130,9 @@ class TCPServer(BaseServer):
             self.socket.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
         if self.allow_reuse_port and internet and hasattr(socketlib, "SO_REUSEPORT"):
             self.socket.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEPORT, 1)
-        if (
-            self.address_family == socketlib.AF_INET6
-            and self.server_address[0] in WILDCARDS
-        ):
-            self.socket.setsockopt(
-                socketlib.IPPROTO_IPV6, socketlib.IPV6_V6ONLY, not self.dualstack_ipv6
-            )
+        if self.address_family == socketlib.AF_INET6:
+            dual = self.dualstack_ipv6 and socketlib.has_dualstack_ipv6()
+            self.socket.setsockopt(socketlib.IPPROTO_IPV6, socketlib.IPV6_V6ONLY, not dual)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
@@ -269,6 +265,9 @@ if hasattr(socketlib, "AF_UNIX"):
                     os.unlink(path)
             except FileNotFoundError:
                 return  # Somebody has removed it for us.
+            except OSError as error:
+                # Rights may have been dropped since; closing must go on.
+                log(logging.WARNING, "cannot remove the socket file %r: %s", path, error)
 
     class UnixStreamServer(UnixSocketFile, TCPServer):
         """A server of Unix stream connections, one at a time.
