@@ -96,8 +96,8 @@ class AcceptErrors:
             return  # Of an overridden get_request(); its errno may be a TLS reason code.
         if error.errno in LISTENER:
             raise error
-        if error.errno in THIS_CONNECTION:
-            return
+        if error.errno is None or error.errno in THIS_CONNECTION:
+            return  # Without an errno it is not the system's but an override's.
         if not self.delay:
             log(
                 logging.ERROR,

@@ -32,7 +32,7 @@ DEFAULT_BIND: Final = "127.0.0.1:9999"
 LARGEST_PORT: Final = 65535
 
 INTERNET_ADDRESS: Final = re.compile(
-    r"(?:\[(?P<ipv6>[^]]*)\]|(?P<host>[^][:]*)):(?P<port>[0-9]{1,5})"
+    r"(?:\[(?P<ipv6>[^]]*)\]|(?P<host>[^][:\s]*)):(?P<port>[0-9]{1,5})"
 )
 
 
@@ -157,13 +157,16 @@ def parse_address(text: str) -> tuple[int, Any]:
     match = INTERNET_ADDRESS.fullmatch(text)
     if match is None or (port := int(match["port"])) > LARGEST_PORT:
         raise bad
-    if match["ipv6"] is None:
-        return socket.AF_INET, (match["host"], port)
+    family = socket.AF_INET if match["ipv6"] is None else socket.AF_INET6
+    host = match["host"] if family == socket.AF_INET else match["ipv6"]
     try:
-        ipaddress.IPv6Address(match["ipv6"])
+        if family == socket.AF_INET:
+            host.encode("idna")
+        else:
+            ipaddress.IPv6Address(host)
     except ValueError as error:
         raise bad from error
-    return socket.AF_INET6, (match["ipv6"], port)
+    return family, (host, port)
 
 
 def load_handler(name: str) -> Handler:

@@ -41,7 +41,16 @@ def layers(candidate: Any) -> Iterator[Any]:
 
 def is_asynchronous(candidate: Any) -> bool:
     """Tell whether calling *candidate* gives something to await."""
-    return any(map(inspect.iscoroutinefunction, layers(candidate)))
+    return any(
+        inspect.iscoroutinefunction(layer)
+        or (
+            not inspect.isclass(layer)
+            and inspect.iscoroutinefunction(
+                inspect.getattr_static(type(layer), "__call__", None)
+            )
+        )
+        for layer in layers(candidate)
+    )
 
 
 def innermost(candidate: Any) -> Any:
@@ -68,10 +77,13 @@ def check_colours(cls: type, coroutines: Iterable[str], plain: Iterable[str]) ->
             if hook is _ABSENT or is_asynchronous(hook) is wants_async:
                 continue
             owner = next(base for base in cls.__mro__ if name in base.__dict__)
-            wrong, right = ("async def", "def") if not wants_async else ("def", "async def")
             via = "" if owner is cls else f", which it inherits from {owner.__qualname__},"
-            raise TypeError(
-                f"{cls.__qualname__}.{name}{via} must be a "
-                f"{'coroutine function' if wants_async else 'plain method'} here: "
-                f"write '{right} {name}(…)' instead of '{wrong} {name}(…)'"
-            )
+            if not wants_async:
+                fix = f"plain method here: write 'def {name}(…)' without 'async'"
+            elif inspect.isasyncgenfunction(hook):
+                fix = (
+                    "coroutine function here, not an async generator: do not 'yield' in it"
+                )
+            else:
+                fix = f"coroutine function here: write 'async def {name}(…)'"
+            raise TypeError(f"{cls.__qualname__}.{name}{via} must be a {fix}")

@@ -99,6 +99,10 @@ class UDPServer(TCPServer):
             and getattr(self.close_request, "__func__", None) is _close_request
         )
 
+    def _stop_listening(self) -> None:
+        # Nothing is received any more; replies still leave by the socket.
+        return
+
     def _close_listener(self) -> None:
         self._dropped_before = self._datagrams_dropped()
         super()._close_listener()
@@ -132,6 +136,9 @@ if hasattr(socketlib, "AF_UNIX"):
             RequestHandlerClass: the handler, see `BaseServer`.
             bind_and_activate: see `TCPServer`.
         """
+
+        def _stop_listening(self) -> None:
+            self._unlink_own_file()
 
         def _close_listener(self) -> None:
             self._unlink_own_file()

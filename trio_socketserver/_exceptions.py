@@ -41,6 +41,9 @@ class RequestTimeout(TimeoutError, trio.TooSlowError):
     def __init__(self, message: str) -> None:
         super().__init__(errno.ETIMEDOUT, message)
 
+    def __reduce__(self) -> tuple[type[RequestTimeout], tuple[str | None]]:
+        return type(self), (self.strerror,)
+
 
 class LineTooLong(ValueError):
     """A line or record exceeded the handler's ``max_line_size``.

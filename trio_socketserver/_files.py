@@ -37,6 +37,14 @@ DRAIN_GLANCE: Final = 0.05
 """Seconds that a draining stream which cannot be asked what it holds is given to say so."""
 
 
+def _writable(buffer: bytearray | memoryview) -> memoryview:
+    """Return a view of bytes; refuse a constant one before anything is read for it."""
+    view = memoryview(buffer).cast("B")
+    if view.readonly:
+        raise TypeError("the buffer to read into must be writable")
+    return view
+
+
 class _BoundedStream:
     """A stream that is not a `StreamSocket`, with the same bounds on its waits."""
 
@@ -152,7 +160,7 @@ class StreamReader:
             wanted: bytes that are missing; an unbuffered reader asks for no more.
             idle: whether the wait may end because the server drains.
         """
-        size = self._size or wanted
+        size = max(self._size, wanted) if self._size else wanted
         if idle and self._drain is not None:
             return self._stream.receive_idle(size, self._drain, served=self._served)
         return self._stream.receive_some(size)
@@ -206,7 +214,7 @@ class StreamReader:
         Returns:
             The number of bytes written to it.
         """
-        with memoryview(buffer).cast("B") as view:
+        with _writable(buffer) as view:
             data = await self._gather(len(view))
             view[: len(data)] = data
         return len(data)
@@ -217,7 +225,7 @@ class StreamReader:
         Returns:
             The number of bytes written to it.
         """
-        with memoryview(buffer).cast("B") as view:
+        with _writable(buffer) as view:
             data = await self.read1(len(view))
             view[: len(data)] = data
         return len(data)
@@ -299,19 +307,22 @@ class StreamReader:
             LineTooLong: no line end within ``max_line_size`` bytes. Nothing is consumed.
         """
         if size is None or size < 0:
-            return await self._until(b"\n", self._limit, strict=True)
-        return await self._until(b"\n", size, strict=False)
+            line = await self._until(b"\n", self._limit, strict=True)
+        else:
+            line = await self._until(b"\n", size, strict=False)
+        self._served = self._served or bool(line)
+        return line
 
     async def readlines(self, hint: int | None = -1) -> list[bytes]:
         """Read lines to the end of the stream; **unbounded** unless *hint* says otherwise.
 
         Args:
-            hint: stop after the line with which so many bytes have been read.
+            hint: stop after the line with which more bytes than that have been read.
         """
         bound = math.inf if hint is None or hint <= 0 else hint
         lines = []
         total = 0
-        while total < bound and (line := await self.readline()):
+        while total <= bound and (line := await self.readline()):
             lines.append(line)
             total += len(line)
         return lines
@@ -333,6 +344,7 @@ class StreamReader:
             raise IncompleteRead(
                 f"the stream ended before {separator!r}, after {len(data)} bytes", data
             )
+        self._served = True
         return data
 
     def __aiter__(self) -> AsyncIterator[bytes]:

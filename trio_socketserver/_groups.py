@@ -20,16 +20,12 @@ def only_cancelled(error: BaseException) -> bool:
     return isinstance(error, trio.Cancelled)
 
 
-def ungrouped(error: BaseException, raised: BaseException | None) -> BaseException:
+def ungrouped(error: BaseException) -> BaseException:
     """Take the groups off *error* that hold one exception only.
 
     A `trio.Cancelled` beside it does not count: the exception says more than it.
-
-    Args:
-        error: what a nursery raised.
-        raised: what went into the nursery, which is left alone even if it is a group.
     """
-    while isinstance(error, BaseExceptionGroup) and error is not raised:
+    while isinstance(error, BaseExceptionGroup):
         members = [member for member in error.exceptions if not only_cancelled(member)]
         if len(members) != 1:
             break
@@ -41,25 +37,34 @@ def ungrouped(error: BaseException, raised: BaseException | None) -> BaseExcepti
 async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
     """Open a nursery that raises a lone exception bare.
 
-    An exception of the body leaves it as the very object that was raised.
+    An exception of the body leaves it as the very object that was raised, group or not;
+    together with one of a task, the two leave as a group.
     """
     raised: BaseException | None = None
+    crash: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
             try:
                 yield nursery
-            except BaseException as error:
+            except BaseException as error:  # noqa: ASYNC103 (raised below)
+                # Kept from the nursery, which would make another group of a group.
                 raised = error
-                raise
+                nursery.cancel_scope.cancel()
+    except BaseException as error:  # noqa: ASYNC103 (raised below)
+        crash = error
+    if crash is None or (raised is not None and only_cancelled(crash)):
+        outcome = raised
+    elif raised is None or only_cancelled(raised):
+        outcome = ungrouped(crash)
+    else:
+        both = [raised, ungrouped(crash)]
+        outcome = BaseExceptionGroup("both the body and a task failed", both)
+    if outcome is None:
         return
-    except BaseException as error:  # noqa: ASYNC103 (what is not raised here is below)
-        crash = ungrouped(error, raised)
-        if crash is error:
-            raise
-    context = crash.__context__
+    context = outcome.__context__
     try:
-        raise crash
+        raise outcome
     finally:
         # It is raised anew, not because of what was being handled here.
-        crash.__context__ = context
-        del crash, context, raised
+        outcome.__context__ = context
+        del context, crash, outcome, raised

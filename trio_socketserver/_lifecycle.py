@@ -8,8 +8,6 @@ running loop cancels the loop's scope.
 from __future__ import annotations
 
 import enum
-from collections.abc import Generator
-from contextlib import contextmanager
 
 import trio
 
@@ -83,12 +81,12 @@ class ServingLoop:
         """Take note that the server has been entered."""
         self._move(LoopEvent.ENTER)
 
-    @contextmanager
-    def run(self) -> Generator[trio.CancelScope]:
-        """Be the loop for the length of the block.
+    def begin(self) -> trio.CancelScope:
+        """Make the calling task the loop's, until `end`.
 
-        Yields:
-            The scope that `stop` cancels; the caller puts its waiting inside.
+        Returns:
+            The scope that `stop` cancels; the caller puts its waiting inside. It is
+            cancelled already if a stop has been remembered.
 
         Raises:
             RuntimeError: another loop is active.
@@ -99,9 +97,11 @@ class ServingLoop:
         self._task = trio.lowlevel.current_task()
         if self.state is LoopState.STOPPING:
             self._scope.cancel()
-        try:
-            yield self._scope
-        finally:
+        return self._scope
+
+    def end(self) -> None:
+        """Take note that the loop has returned, and wake who waits for it; idempotent."""
+        if self.active:
             self._task = None
             self._move(LoopEvent.END)
             self._ended.set()
@@ -118,10 +118,12 @@ class ServingLoop:
     async def wait_ended(self) -> None:
         """Wait until no loop is active.
 
-        Returns at once to the loop's own task, which cannot wait for its own end; its next
-        checkpoint is where it ends.
+        Returns to the loop's own task, which cannot wait for its own end; the checkpoint
+        after this one is where it ends.
         """
-        if self.active and not self.is_current_task():
+        if self.is_current_task():
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        elif self.active:
             await self._ended.wait()
         else:
             await trio.lowlevel.checkpoint()

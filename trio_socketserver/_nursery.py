@@ -27,11 +27,19 @@ class NurseryMixIn(BaseServer):
     1,000, because nothing else slows their senders down.
     """
 
+    _one_at_a_time = False
+    _max_tasks_is_default: bool
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        owner = next(base for base in cls.__mro__ if "max_tasks" in vars(base))
-        if owner is NurseryMixIn:
+        chosen = next(
+            base
+            for base in cls.__mro__
+            if "max_tasks" in vars(base) and "_max_tasks_is_default" not in vars(base)
+        )
+        if chosen is NurseryMixIn:
             cls.max_tasks = cls._default_max_tasks
+            cls._max_tasks_is_default = True
 
     def _limit(self) -> int | None:
         return self.max_tasks

@@ -36,6 +36,7 @@ class RequestNursery:
     """
 
     def __init__(self) -> None:
+        self._opened = trio.Event()
         self._close_asked = trio.Event()
         self._closed = trio.Event()
         self._inner: trio.Nursery | None = None
@@ -43,7 +44,10 @@ class RequestNursery:
 
     @asynccontextmanager
     async def open(
-        self, stop_accepting: Callable[[], Awaitable[None]], patience: Callable[[], float]
+        self,
+        stop_accepting: Callable[[], Awaitable[None]],
+        patience: Callable[[], float],
+        release: Callable[[], None],
     ) -> AsyncGenerator[None]:
         """Have the nursery for the length of the block; once only.
 
@@ -52,18 +56,25 @@ class RequestNursery:
                 when it has returned, no new request may come.
             patience: called next; the seconds for which requests may go on before they are
                 cancelled.
+            release: called last, when no request is left.
         """
-        async with open_ungrouped_nursery() as outer:
-            await outer.start(self._host, stop_accepting, patience)
-            try:
-                yield
-            finally:
-                self.ask_to_close()
+        try:
+            async with open_ungrouped_nursery() as outer:
+                await outer.start(self._host, stop_accepting, patience, release)
+                self._opened.set()
+                try:
+                    yield
+                finally:
+                    self.ask_to_close()
+        finally:
+            self.ask_to_close()
+            self._opened.set()
 
     async def _host(
         self,
         stop_accepting: Callable[[], Awaitable[None]],
         patience: Callable[[], float],
+        release: Callable[[], None],
         task_status: trio.TaskStatus[None],
     ) -> None:
         """Hold the nursery open until closing is asked for, then close it."""
@@ -85,12 +96,17 @@ class RequestNursery:
             self.crashed = not only_cancelled(error)
             raise
         finally:
+            release()
             self._closed.set()
 
     @property
     def closing(self) -> bool:
         """Whether closing has been asked for, or forced."""
         return self._close_asked.is_set()
+
+    async def wait_opened(self) -> None:
+        """Wait until requests can be started, or never will be."""
+        await self._opened.wait()
 
     def start_soon(
         self, function: Callable[..., Awaitable[object]], *args: Any, name: str
@@ -111,6 +127,12 @@ class RequestNursery:
     def ask_to_close(self) -> None:
         """Start closing; later calls do nothing."""
         self._close_asked.set()
+
+    def cancel(self) -> None:
+        """Start closing, and cancel the requests."""
+        self._close_asked.set()
+        if self._inner is not None:
+            self._inner.cancel_scope.cancel()
 
     async def wait_closed(self) -> None:
         """Wait until the last request has ended."""

@@ -60,7 +60,7 @@ async def _serve_until_signal(
             with trio.CancelScope() as hard:
                 async with server:
                     # Not earlier: there must be something to close.
-                    nursery.start_soon(_stop_on_signals, signals, server, hard)
+                    nursery.start_soon(_stop_on_signals, signals, server, nursery, hard)
                     if started is not None:
                         started()
                     await server.serve_forever()
@@ -68,11 +68,13 @@ async def _serve_until_signal(
 
 
 async def _stop_on_signals(
-    signals: AsyncIterator[int], server: BaseServer, hard: trio.CancelScope
+    signals: AsyncIterator[int],
+    server: BaseServer,
+    nursery: trio.Nursery,
+    hard: trio.CancelScope,
 ) -> None:
-    async with trio.open_nursery() as nursery:
-        await anext(signals)
-        nursery.start_soon(server.server_close)
-        # To the end: what is not taken here, trio delivers again, to the default handlers.
-        async for _ in signals:
-            hard.cancel()
+    await anext(signals)
+    nursery.start_soon(server.server_close)
+    # To the end: what is not taken here, trio delivers again, to the default handlers.
+    async for _ in signals:
+        hard.cancel()

@@ -135,6 +135,7 @@ class BaseServer:
     """Seconds that a handler's ``finish()``, and closing a request, may each take."""
 
     _default_max_tasks: int | None = None
+    _one_at_a_time = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -230,13 +231,22 @@ class BaseServer:
         self._drain = Drain()
         self._keeps_listener = keeps_listener
         self._requests = requests = RequestNursery()
+        calls_close = not keeps_listener and self._is_overridden("server_close")
         try:
-            async with requests.open(self._stop_accepting, self._patience):
-                yield
+            async with requests.open(self._stop_accepting, self._patience, self._release):
+                try:
+                    yield
+                except BaseException:
+                    requests.cancel()
+                    if calls_close:
+                        # What the body raised says more than that the rest was cut short.
+                        with contextlib.suppress(trio.Cancelled):
+                            await self.server_close()  # noqa: ASYNC102 (not to shield)
+                    raise
+                if calls_close:
+                    await self.server_close()
         finally:
             self._requests = None
-            if requests.crashed:
-                self._close_listener()
 
     @asynccontextmanager
     async def _entered(self) -> AsyncGenerator[None]:
@@ -244,9 +254,12 @@ class BaseServer:
         if self._requests is None:
             async with self._with_requests(keeps_listener=True):
                 yield
-        elif self._requests.closing and self._loop.state is not LoopState.STOP_REMEMBERED:
-            raise RuntimeError("this server is closing or has been closed")
         else:
+            await self._requests.wait_opened()
+            # A server that was closed before it began to serve returns at once, as from a
+            # shutdown() that was remembered.
+            if self._requests.closing and self._loop.state is not LoopState.STOPPING:
+                raise RuntimeError("this server is closing or has been closed")
             yield
 
     async def _stop_accepting(self) -> None:
@@ -258,10 +271,19 @@ class BaseServer:
             ):
                 await self._loop.wait_ended()
         if not self._keeps_listener:
-            self._close_listener()
+            self._stop_listening()
 
     def _patience(self) -> float:
         return self.graceful_timeout if self.block_on_close else 0.0
+
+    def _release(self) -> None:
+        assert self._requests is not None
+        if self._requests.crashed or not self._keeps_listener:
+            self._close_listener()
+
+    def _stop_listening(self) -> None:
+        """Let no more requests come; those that are active go on. No checkpoint."""
+        self._close_listener()
 
     def _close_listener(self) -> None:
         """Close the listening socket, if there is one. No checkpoint; idempotent."""
@@ -284,8 +306,10 @@ class BaseServer:
             return
         self._keeps_listener = False
         requests.ask_to_close()
+        if not self._loop.active:
+            self._stop_listening()
         if requests.is_current() or self._loop.is_current_task():
-            await trio.lowlevel.checkpoint()
+            await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             await requests.wait_closed()
 
@@ -322,7 +346,7 @@ class BaseServer:
         Cancellation: stops accepting. Inside ``async with server:``, requests go on.
         """
         ticks = self._is_overridden("service_actions")
-        serve = functools.partial(self._serve, poll_interval if ticks else None)
+        serve = functools.partial(self._serve, max(poll_interval, 0) if ticks else None)
         await self._run_loop(serve, task_status)
 
     async def handle_request(self) -> None:
@@ -352,13 +376,21 @@ class BaseServer:
     async def _run_loop(
         self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
     ) -> None:
-        async with self._entered():
-            with self._loop.run() as scope:
-                if not scope.cancel_called:
-                    self._prepare_listener()
-                task_status.started(self.server_address)
-                with scope:
-                    await body()
+        scope = self._loop.begin()
+        try:
+            async with self._entered():
+                try:
+                    self._accept_errors = AcceptErrors()
+                    if not scope.cancel_called:
+                        self._prepare_listener()
+                    task_status.started(self.server_address)
+                    with scope:
+                        await body()
+                finally:
+                    # Before the requests are joined: shutdown() does not wait for them.
+                    self._loop.end()
+        finally:
+            self._loop.end()
         await trio.lowlevel.checkpoint_if_cancelled()
 
     def _prepare_listener(self) -> None:
@@ -370,32 +402,47 @@ class BaseServer:
                 await self._wait_for_request()
                 await self._accept_batch()
                 continue
-            with trio.move_on_after(poll_interval) as poll:
+            with trio.move_on_after(poll_interval):
                 await self._wait_for_request()
-            if not poll.cancelled_caught:
+            if self._may_accept():
                 await self._accept_batch()
+            # The actions follow the requests; a sequential server's have to end first.
+            with trio.move_on_after(poll_interval):
+                await self._wait_for_room()
             await self.service_actions()
 
     async def _accept_batch(self) -> None:
         for _ in range(BATCH):
             if self._is_full() or not await self._accept():
                 return
+            if self._loop.state is not LoopState.RUNNING:
+                return  # A hook has called shutdown().
 
     async def _serve_one(self) -> None:
         timeout = math.inf if self.timeout is None else self.timeout
         deadline = trio.current_time() + timeout
-        while True:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # What has come already is served even with a timeout of 0.
+        while not (self._may_accept() and await self._accept()):
             with trio.move_on_at(deadline) as arrival:
                 await self._wait_for_request()
             if arrival.cancelled_caught:
                 await self.handle_timeout()
                 return
-            if await self._accept():
-                break
-        await self._wait_for_room()
+        if self._one_at_a_time:
+            await self._wait_for_room()
+
+    def _may_accept(self) -> bool:
+        """Tell whether there is room, and no back-off under way."""
+        return not self._is_full() and (
+            not self._accept_errors.delay
+            or trio.current_time() >= self._accept_errors.resume_at
+        )
 
     async def _wait_for_request(self) -> None:
         """Wait until the listener is worth asking. Cancelled, it has taken nothing."""
+        # The listener may be closed by now if closing could not wait for a hook.
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._accept_errors.delay:
             await trio.sleep_until(self._accept_errors.resume_at)
         await self._wait_for_room()
@@ -597,10 +644,14 @@ class BaseServer:
         self._requests.start_soon(
             self._attend, self._handle, _Life(request, client_address), name="request"
         )
-        if self._arriving is None:
+        arriving = self._arriving
+        if arriving is not None and (
+            arriving.request is request or self._loop.is_current_task()
+        ):
+            arriving.hand_on()
+            self._arriving = None
+        else:  # Somebody brings a request of their own.
             self._counters.accepted += 1
-        else:
-            self._arriving.hand_on()
 
     async def finish_request(self, request: Any, client_address: Any) -> None:
         """Handle a request, by making and running a handler; in the request's task.

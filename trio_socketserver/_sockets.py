@@ -49,6 +49,19 @@ Linux reports the *sender* writable while the receiver's queue is full, so there
 to wait for; 50 ms keeps a stuck peer at 20 system calls a second.
 """
 
+UNREACHABLE: Final = frozenset(
+    {
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.ENOENT,  # Unix: the client has removed its file
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.ENETDOWN,
+    }
+)
+"""What a reply meets when its addressee, or the way there, has gone: no fault of ours."""
+
 
 def close_socket(sock: socketlib.socket) -> None:
     """Close *sock* at once and wake every task that waits for it.
@@ -67,6 +80,8 @@ class ListeningSocket(socketlib.socket):
     The kernel forgets a closed descriptor without a word to whoever polls it, so a plain
     socket closed behind the server's back would leave the server waiting for ever.
     """
+
+    __slots__ = ()
 
     def close(self) -> None:
         """Close the socket; a task that waits for it gets `trio.ClosedResourceError`."""
@@ -125,7 +140,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         sock: a connected, non-blocking socket. The `StreamSocket` owns it from now on.
 
     Raises:
-        ValueError: if *sock* is not a stream socket.
+        ValueError: if *sock* is something else.
 
     Cancellation: a cancelled receive has taken nothing; a cancelled send may have sent a
     part. Closing always closes, cancelled or not.
@@ -134,8 +149,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     __slots__ = ("__weakref__", "_eof_sent", "_sending", "_timeout", "_waiting")
 
     def __init__(self, sock: socketlib.socket) -> None:
-        if sock.type != socketlib.SOCK_STREAM:
-            raise ValueError(f"StreamSocket needs a stream socket, not {sock!r}")
+        if sock.type != socketlib.SOCK_STREAM or sock.gettimeout() != 0:
+            raise ValueError(f"not a non-blocking stream socket: {sock!r}")
         self._sock = sock
         self._sending = False
         self._eof_sent = False
@@ -152,6 +167,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
                 `RequestTimeout`. A blocking socket's ``sendall`` is bounded as a whole;
                 here each wait of it is.
         """
+        if timeout is not None and not timeout >= 0:
+            raise ValueError("a timeout must be a number that is not negative")
         self._timeout = timeout
 
     def gettimeout(self) -> float | None:
@@ -186,6 +203,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     def _failure(self, error: OSError) -> trio.ClosedResourceError | ConnectionBroken:
         if self._sock.fileno() == -1:
             return trio.ClosedResourceError("this socket is closed")
+        if self._eof_sent and error.errno == errno.EPIPE:
+            return trio.ClosedResourceError("this socket's sending side is closed")
         return connection_broken(error)
 
     async def _call(
@@ -215,6 +234,18 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
 
     async def _wait_writable(self) -> None:
         await self._wait(wait_writable)
+
+    def getpeername(self) -> Address:
+        """Return the peer's address.
+
+        Raises:
+            ConnectionBroken: the peer has gone.
+            trio.ClosedResourceError: the socket is closed.
+        """
+        try:
+            return super().getpeername()
+        except OSError as error:
+            raise self._failure(error) from error
 
     # -- receiving -------------------------------------------------------------------
 
@@ -287,6 +318,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
                 if scope.cancelled_caught:
                     raise Drained
                 continue
+            if self in drain.waiting:
+                raise trio.BusyResourceError("another task is receiving on this socket")
             drain.waiting.add(self)
             try:
                 await self._wait(wait_readable)
@@ -379,9 +412,9 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
 
         Raises as `send_all` does. Calling it again does nothing.
         """
+        await checkpoint()
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this socket")
-        await checkpoint()
         if self._sock.fileno() != -1 and self._eof_sent:
             return
         self._shutdown(socketlib.SHUT_WR)
@@ -445,25 +478,25 @@ class DatagramSocket(_PlainNames):
         sock: the server's bound, non-blocking datagram socket, which stays the server's.
     """
 
-    __slots__ = ("_turn",)
+    __slots__ = ("__weakref__", "_turn")
 
     def __init__(self, sock: socketlib.socket) -> None:
         self._sock = sock
         self._turn = trio.Lock()
 
-    async def sendto(self, data: Buffer, *args: Any) -> int:
+    async def sendto(self, data: Buffer, *flags_and_address: Any) -> int:
         """`socket.socket.sendto`, awaited: ``sendto(data, address)``.
 
         Args:
             data: one datagram.
-            *args: the address, or flags and the address.
+            *flags_and_address: the address, or flags and the address.
 
         Returns:
             The number of bytes sent.
 
         Raises:
             ConnectionBroken: the peer cannot be replied to: it has no address (a Unix
-                client that did not bind), or its socket is gone.
+                client that did not bind), its socket is gone, or no way leads there.
             OSError: anything else that the system says, for example that the datagram is
                 too long.
             trio.ClosedResourceError: the server has closed the socket.
@@ -472,13 +505,14 @@ class DatagramSocket(_PlainNames):
         """
         await checkpoint_if_cancelled()
         delay = UNIX_BACK_OFF_FIRST
-        while (sent := self._sendto(data, *args)) is None:
+        while (sent := self._sendto(data, *flags_and_address)) is None:
             if self._sock.family == getattr(socketlib, "AF_UNIX", None):
                 await trio.sleep(delay)
                 delay = min(delay * 2, UNIX_BACK_OFF_LIMIT)
             else:
                 async with self._turn:
-                    await wait_writable(self._sock)
+                    if self._sock.fileno() != -1:
+                        await wait_writable(self._sock)
         await cancel_shielded_checkpoint()
         return sent
 
@@ -491,7 +525,7 @@ class DatagramSocket(_PlainNames):
         return self._sendto(data, address) is not None
 
     def _sendto(self, data: Buffer, *args: Any) -> int | None:
-        if not args[-1]:
+        if args and not args[-1]:
             raise ConnectionBroken(
                 errno.EDESTADDRREQ, "the sender has no address to reply to"
             )
@@ -499,9 +533,9 @@ class DatagramSocket(_PlainNames):
             return self._sock.sendto(data, *args)
         except BlockingIOError:
             return None
-        except (ConnectionError, FileNotFoundError) as error:
-            raise connection_broken(error) from error
         except OSError as error:
+            if error.errno in UNREACHABLE:
+                raise connection_broken(error) from error
             if self._sock.fileno() == -1:
                 raise trio.ClosedResourceError("the server has closed") from error
             raise

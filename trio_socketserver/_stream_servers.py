@@ -101,9 +101,8 @@ class TCPServer(BaseServer):
 
         Args:
             sock: the socket, inherited from a parent process or a service manager. The
-                server owns it from now on, and closes it; a plain socket that somebody
-                else closes leaves the loop waiting for ever, because the kernel does not
-                tell. It is made non-blocking, for everyone who shares it.
+                server owns it from now on, and closes it. It is made non-blocking, for
+                everyone who shares it.
             RequestHandlerClass: the handler.
 
         Raises:
@@ -143,8 +142,11 @@ class TCPServer(BaseServer):
     def _prepare_listener(self) -> None:
         if self.fileno() == -1:
             raise trio.ClosedResourceError("the listening socket has been closed")
-        # It may have been put there by the user.
         self.socket.setblocking(False)
+        if type(self.socket) is socketlib.socket:
+            # Inherited, or put there by the user: from now on it is ours, and must wake the
+            # loop when it is closed. It stays the same object, for who still holds it.
+            self.socket.__class__ = ListeningSocket
 
     def _close_listener(self) -> None:
         close_socket(self.socket)
