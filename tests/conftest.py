@@ -38,6 +38,15 @@ def children() -> set[str]:
     }
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _only_what_tests_make() -> Iterator[None]:
+    """Take what pytest itself has made out of each test's collection, which walks all."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
     """Fail a test that leaves something open or running."""

@@ -235,20 +235,20 @@ async def run_handler(handler: BaseRequestHandler, cleanup_timeout: float) -> No
     Raises:
         RequestTimeout: ``finish()`` took longer and was cut.
 
-    Whatever ``handle()`` raises is raised. If ``finish()`` fails too, its error is logged,
-    or dropped if it is the peer's: the first error is the one to look into, and a
-    cancellation must stay one.
+    Whatever ``handle()`` raises is raised. If ``finish()`` fails too, its error is logged:
+    the first error is the one to look into, and a cancellation must stay one. (After an
+    error, one more of the peer's is not even logged: its connection is known to be lost.)
     """
     await handler.setup()
     try:
         await handler.handle()
         handler._handled = True
-    except BaseException:
+    except BaseException as first:
         try:
             # It shields itself, where it waits.
             await _finish(handler, cleanup_timeout)  # noqa: ASYNC102
         except Exception as error:
-            if not is_peer_fault(error):
+            if not (isinstance(first, Exception) and is_peer_fault(error)):
                 log_error(error, "finish() of %r failed", type(handler).__qualname__)
         raise
     await _finish(handler, cleanup_timeout)

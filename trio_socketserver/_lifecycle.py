@@ -25,26 +25,32 @@ class LoopState(enum.Enum):
 class LoopEvent(enum.Enum):
     """What can happen to a serving loop."""
 
-    ENTER = "async with server"
+    ENTER = "entering 'async with server'"
     BEGIN = "serve_forever() or handle_request()"
     STOP = "shutdown()"
     END = "the loop has returned"
+    LEAVE = "leaving 'async with server'"
 
 
 TRANSITIONS: dict[tuple[LoopState, LoopEvent], LoopState] = {
     (LoopState.FRESH, LoopEvent.ENTER): LoopState.FRESH,
     (LoopState.FRESH, LoopEvent.BEGIN): LoopState.RUNNING,
     (LoopState.FRESH, LoopEvent.STOP): LoopState.STOP_REMEMBERED,
+    (LoopState.FRESH, LoopEvent.LEAVE): LoopState.FRESH,
     (LoopState.STOP_REMEMBERED, LoopEvent.ENTER): LoopState.STOP_REMEMBERED,
     (LoopState.STOP_REMEMBERED, LoopEvent.BEGIN): LoopState.STOPPING,
     (LoopState.STOP_REMEMBERED, LoopEvent.STOP): LoopState.STOP_REMEMBERED,
+    (LoopState.STOP_REMEMBERED, LoopEvent.LEAVE): LoopState.FRESH,
     (LoopState.RUNNING, LoopEvent.STOP): LoopState.STOPPING,
     (LoopState.RUNNING, LoopEvent.END): LoopState.STOPPED,
     (LoopState.STOPPING, LoopEvent.STOP): LoopState.STOPPING,
     (LoopState.STOPPING, LoopEvent.END): LoopState.STOPPED,
+    # Only if a hook holds the loop up for longer than closing waits.
+    (LoopState.STOPPING, LoopEvent.LEAVE): LoopState.STOPPING,
     (LoopState.STOPPED, LoopEvent.ENTER): LoopState.FRESH,
     (LoopState.STOPPED, LoopEvent.BEGIN): LoopState.RUNNING,
     (LoopState.STOPPED, LoopEvent.STOP): LoopState.STOPPED,
+    (LoopState.STOPPED, LoopEvent.LEAVE): LoopState.STOPPED,
 }
 
 
@@ -77,9 +83,18 @@ class ServingLoop:
         """Whether a loop is running or stopping."""
         return self.state in (LoopState.RUNNING, LoopState.STOPPING)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no loop has run yet since the server was entered."""
+        return self.state in (LoopState.FRESH, LoopState.STOP_REMEMBERED)
+
     def enter(self) -> None:
-        """Take note that the server has been entered."""
+        """Take note that the server is entered."""
         self._move(LoopEvent.ENTER)
+
+    def leave(self) -> None:
+        """Take note that the server has been left; a stop is no longer remembered."""
+        self._move(LoopEvent.LEAVE)
 
     def begin(self) -> trio.CancelScope:
         """Make the calling task the loop's, until `end`.

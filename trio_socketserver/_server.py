@@ -165,7 +165,7 @@ class BaseServer:
         self._accept_errors = AcceptErrors()
         self._drain = Drain()
         self._requests: RequestNursery | None = None
-        self._block: AbstractAsyncContextManager[None] = contextlib.nullcontext()
+        self._block: AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         self._arriving: _Life | None = None
         self._room: trio.Event | None = None
         self._keeps_listener = False
@@ -226,7 +226,9 @@ class BaseServer:
         return await self._block.__aexit__(exc_type, exc, traceback)  # noqa: ASYNC102
 
     @asynccontextmanager
-    async def _with_requests(self, *, keeps_listener: bool) -> AsyncGenerator[None]:
+    async def _with_requests(
+        self, *, keeps_listener: bool
+    ) -> AsyncGenerator[RequestNursery]:
         """Have a nursery for requests for the length of the block."""
         self._drain = Drain()
         self._keeps_listener = keeps_listener
@@ -235,7 +237,7 @@ class BaseServer:
         try:
             async with requests.open(self._stop_accepting, self._patience, self._release):
                 try:
-                    yield
+                    yield requests
                 except BaseException:
                     requests.cancel()
                     if calls_close:
@@ -247,25 +249,24 @@ class BaseServer:
                     await self.server_close()
         finally:
             self._requests = None
+            if not keeps_listener:
+                self._loop.leave()
 
     @asynccontextmanager
-    async def _entered(self) -> AsyncGenerator[None]:
+    async def _entered(self) -> AsyncGenerator[RequestNursery]:
         """Use the server's nursery, or one of its own for the length of the block."""
         if self._requests is None:
-            async with self._with_requests(keeps_listener=True):
-                yield
+            async with self._with_requests(keeps_listener=True) as requests:
+                yield requests
         else:
-            await self._requests.wait_opened()
-            # A server that was closed before it began to serve returns at once, as from a
-            # shutdown() that was remembered.
-            if self._requests.closing and self._loop.state is not LoopState.STOPPING:
-                raise RuntimeError("this server is closing or has been closed")
-            yield
+            requests = self._requests
+            await requests.wait_opened()
+            yield requests
 
     async def _stop_accepting(self) -> None:
         self._drain.begin()
-        self._loop.stop()
         if self._loop.active:
+            self._loop.stop()
             with trio.CancelScope(
                 deadline=trio.current_time() + self.cleanup_timeout, shield=True
             ):
@@ -300,7 +301,6 @@ class BaseServer:
         """
         requests = self._requests
         if requests is None:
-            self._loop.stop()
             self._close_listener()
             await trio.lowlevel.checkpoint()
             return
@@ -376,10 +376,15 @@ class BaseServer:
     async def _run_loop(
         self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
     ) -> None:
+        fresh = self._loop.fresh
         scope = self._loop.begin()
         try:
-            async with self._entered():
+            async with self._entered() as requests:
                 try:
+                    if requests.closing:
+                        if not fresh:
+                            raise RuntimeError("this server is closing or has been closed")
+                        scope.cancel()  # Closed before it began: that is a stop remembered.
                     self._accept_errors = AcceptErrors()
                     if not scope.cancel_called:
                         self._prepare_listener()
