@@ -1,0 +1,12 @@
+"""Print the first shell block under a heading of a Markdown file."""
+
+import re
+import sys
+
+path, heading = sys.argv[1:]
+with open(path) as file:
+    text = file.read()
+match = re.search(rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```", text, re.M | re.S)
+if match is None:
+    sys.exit(f"{path} has no shell block under {heading!r}")
+print(match[1])
