@@ -285,7 +285,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     async def receive_idle(self, max_bytes: int, drain: Drain, *, served: bool) -> bytes:
         """Receive like `receive_some`, but leave when the server drains.
 
-        What the kernel holds already is always returned first.
+        What the kernel holds already is always returned first, and without a checkpoint,
+        which is left to the caller.
 
         Args:
             max_bytes: take no more than so many bytes.
@@ -296,22 +297,14 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         Raises:
             Drained: the server is draining and nothing has come.
         """
-        # _call() with the wait in it: lines pass here, and two coroutines less are a tenth
-        # of a ping-pong.
-        await checkpoint_if_cancelled()
-        waited = False
+        # Not by _call(): two coroutines less are a tenth of a ping-pong.
         while True:
             try:
-                data = self._sock.recv(max_bytes)
+                return self._sock.recv(max_bytes)
             except BlockingIOError:
                 pass
             except OSError as error:
                 raise self._failure(error) from error
-            else:
-                if not waited:
-                    await cancel_shielded_checkpoint()
-                return data
-            waited = True
             if drain.event.is_set():
                 with trio.move_on_at(drain.deadline(served=served)) as scope:
                     await self._wait(wait_readable)
@@ -346,7 +339,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             trio.ClosedResourceError: the socket, or its sending side, is closed.
             trio.BusyResourceError: another task is sending.
         """
-        self._start_sending()
+        if self._sending or self._eof_sent:
+            self._start_sending()
         await checkpoint_if_cancelled()
         if not isinstance(data, bytes):
             data = memoryview(data).cast("B")
