@@ -18,6 +18,7 @@ import enum
 import functools
 import inspect
 import math
+import selectors
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -66,6 +67,13 @@ BATCH: Final = 64
 At some 10 µs each that is under a millisecond; unbounded, one sender of datagrams has been
 seen to hold the loop for half a second.
 """
+
+
+def _is_readable(fileno: int) -> bool:
+    """Ask the kernel, without waiting."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(fileno, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 class _Outcome(enum.Enum):
@@ -376,14 +384,13 @@ class BaseServer:
     async def _run_loop(
         self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
     ) -> None:
-        fresh = self._loop.fresh
+        if self._requests is not None and self._requests.closing and not self._loop.fresh:
+            raise RuntimeError("this server is closing or has been closed")
         scope = self._loop.begin()
         try:
             async with self._entered() as requests:
                 try:
                     if requests.closing:
-                        if not fresh:
-                            raise RuntimeError("this server is closing or has been closed")
                         scope.cancel()  # Closed before it began: that is a stop remembered.
                     self._accept_errors = AcceptErrors()
                     if not scope.cancel_called:
@@ -407,13 +414,11 @@ class BaseServer:
                 await self._wait_for_request()
                 await self._accept_batch()
                 continue
-            with trio.move_on_after(poll_interval):
-                await self._wait_for_request()
-            if self._may_accept():
+            if await self._arrives(poll_interval):
                 await self._accept_batch()
-            # The actions follow the requests; a sequential server's have to end first.
-            with trio.move_on_after(poll_interval):
-                await self._wait_for_room()
+                # The actions follow the requests; a sequential server's have to end first.
+                with trio.move_on_after(poll_interval):
+                    await self._wait_for_room()
             await self.service_actions()
 
     async def _accept_batch(self) -> None:
@@ -424,18 +429,25 @@ class BaseServer:
                 return  # A hook has called shutdown().
 
     async def _serve_one(self) -> None:
-        timeout = math.inf if self.timeout is None else self.timeout
+        timeout = math.inf if self.timeout is None else max(self.timeout, 0)
         deadline = trio.current_time() + timeout
-        await trio.lowlevel.checkpoint_if_cancelled()
-        # What has come already is served even with a timeout of 0.
-        while not (self._may_accept() and await self._accept()):
-            with trio.move_on_at(deadline) as arrival:
-                await self._wait_for_request()
-            if arrival.cancelled_caught:
+        while True:
+            if not await self._arrives(deadline - trio.current_time()):
                 await self.handle_timeout()
                 return
+            if await self._accept():
+                break
         if self._one_at_a_time:
             await self._wait_for_room()
+
+    async def _arrives(self, timeout: float) -> bool:
+        """Wait for a request, for *timeout* seconds; at 0, see whether one is there."""
+        with trio.move_on_after(max(timeout, 0)) as arrival:
+            await self._wait_for_request()
+        if not arrival.cancelled_caught:
+            return True
+        # trio cancels a scope without time before the kernel is asked; select(0) asks.
+        return timeout == 0 and self._may_accept() and _is_readable(self.fileno())
 
     def _may_accept(self) -> bool:
         """Tell whether there is room, and no back-off under way."""
