@@ -290,6 +290,9 @@ class StreamReader:
         received = False
         searched = 0
         while (start := buffer.find(separator, searched)) < 0 and len(buffer) < limit:
+            if received and idle:
+                # receive_idle() leaves checkpoints to us; a line in many pieces needs some.
+                await checkpoint()
             chunk = await self._receive(1, idle=idle)
             received = True
             if not buffer and len(chunk) <= limit and _ends_first_with(chunk, separator):
@@ -382,8 +385,6 @@ class StreamReader:
             line = await self._until(b"\n", self._limit, strict=True, idle=True)
         except Drained:
             raise StopAsyncIteration from None
-        if not line:
-            raise StopAsyncIteration
         self._served = True
         return line
 

@@ -20,6 +20,12 @@ def only_cancelled(error: BaseException) -> bool:
     return isinstance(error, trio.Cancelled)
 
 
+def _holds_cancelled(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(trio.Cancelled) is not None
+    return isinstance(error, trio.Cancelled)
+
+
 def ungrouped(error: BaseException) -> BaseException:
     """Take the groups off *error* that hold one exception only.
 
@@ -47,6 +53,8 @@ async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
             try:
                 yield nursery
             except BaseException as error:  # noqa: ASYNC103 (raised below)
+                if _holds_cancelled(error):
+                    raise  # Perhaps the nursery's own, which only the nursery can absorb.
                 # Kept from the nursery, which would make another group of a group.
                 raised = error
                 nursery.cancel_scope.cancel()
@@ -54,7 +62,7 @@ async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
         crash = error
     if crash is None or (raised is not None and only_cancelled(crash)):
         outcome = raised
-    elif raised is None or only_cancelled(raised):
+    elif raised is None:
         outcome = ungrouped(crash)
     else:
         both = [raised, ungrouped(crash)]

@@ -6,11 +6,18 @@ be active before the loop stops accepting and leaves the rest to the kernel's qu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ._server import BaseServer
 
 __all__ = ["NurseryMixIn"]
+
+
+class _DefaultLimit:
+    """The default of ``max_tasks``, which is the server's to say, not the mix-in's."""
+
+    def __get__(self, server: BaseServer | None, owner: type[BaseServer]) -> int | None:
+        return owner._default_max_tasks
 
 
 class NurseryMixIn(BaseServer):
@@ -20,7 +27,10 @@ class NurseryMixIn(BaseServer):
     front of a server class: ``class Server(NurseryMixIn, TCPServer)``.
     """
 
-    max_tasks: int | None = None
+    if TYPE_CHECKING:
+        max_tasks: int | None
+    else:
+        max_tasks = _DefaultLimit()
     """Requests handled at once; at the limit the server stops accepting.
 
     None means no limit, and is the default of stream servers; that of datagram servers is
@@ -28,18 +38,6 @@ class NurseryMixIn(BaseServer):
     """
 
     _one_at_a_time = False
-    _max_tasks_is_default: bool
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        chosen = next(
-            base
-            for base in cls.__mro__
-            if "max_tasks" in vars(base) and "_max_tasks_is_default" not in vars(base)
-        )
-        if chosen is NurseryMixIn:
-            cls.max_tasks = cls._default_max_tasks
-            cls._max_tasks_is_default = True
 
     def _limit(self) -> int | None:
         return self.max_tasks

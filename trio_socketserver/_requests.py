@@ -96,8 +96,10 @@ class RequestNursery:
             self.crashed = not only_cancelled(error)
             raise
         finally:
-            release()
-            self._closed.set()
+            try:
+                release()
+            finally:
+                self._closed.set()
 
     @property
     def closing(self) -> bool:

@@ -414,10 +414,11 @@ class BaseServer:
                 await self._wait_for_request()
                 await self._accept_batch()
                 continue
+            next_tick = trio.current_time() + poll_interval
             if await self._arrives(poll_interval):
                 await self._accept_batch()
                 # The actions follow the requests; a sequential server's have to end first.
-                with trio.move_on_after(poll_interval):
+                with trio.move_on_at(next_tick):
                     await self._wait_for_room()
             await self.service_actions()
 

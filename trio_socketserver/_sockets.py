@@ -302,22 +302,24 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             try:
                 return self._sock.recv(max_bytes)
             except BlockingIOError:
-                pass
+                await self._wait_idle(drain, served=served)
             except OSError as error:
                 raise self._failure(error) from error
-            if drain.event.is_set():
-                with trio.move_on_at(drain.deadline(served=served)) as scope:
-                    await self._wait(wait_readable)
-                if scope.cancelled_caught:
-                    raise Drained
-                continue
-            if self in drain.waiting:
-                raise trio.BusyResourceError("another task is receiving on this socket")
-            drain.waiting.add(self)
-            try:
+
+    async def _wait_idle(self, drain: Drain, *, served: bool) -> None:
+        if drain.event.is_set():
+            with trio.move_on_at(drain.deadline(served=served)) as scope:
                 await self._wait(wait_readable)
-            finally:
-                drain.waiting.discard(self)
+            if scope.cancelled_caught:
+                raise Drained
+            return
+        if self in drain.waiting:
+            raise trio.BusyResourceError("another task is receiving on this socket")
+        drain.waiting.add(self)
+        try:
+            await self._wait(wait_readable)
+        finally:
+            drain.waiting.discard(self)
 
     # -- sending ---------------------------------------------------------------------
 
@@ -466,7 +468,10 @@ class DatagramSocket(_PlainNames):
 
     `socketserver` hands out the server's socket itself. Here handlers run side by side, so
     they get an object on which many may reply at once, and on which a Unix peer that does
-    not read delays its own reply only. Receiving is the server's business.
+    not read delays its own reply only. (Unless that peer has connected its socket to the
+    server's: then Linux charges what it has not read to the server's send buffer, and all
+    replies wait for it, for as long as ``request_timeout`` lets them.) Receiving is the
+    server's business.
 
     Args:
         sock: the server's bound, non-blocking datagram socket, which stays the server's.

@@ -241,10 +241,10 @@ if hasattr(socketlib, "AF_UNIX"):
             self.socket.bind(path)
             self.server_address = self.socket.getsockname()
             if _is_path(self.server_address):
-                if self.socket_mode is not None:
-                    os.chmod(path, self.socket_mode)
                 made = os.lstat(path)
                 self._bound_file = (os.path.abspath(path), made.st_dev, made.st_ino)
+                if self.socket_mode is not None:
+                    os.chmod(path, self.socket_mode)
 
         def _is_stale(self, path: str | bytes) -> bool:
             try:
