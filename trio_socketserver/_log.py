@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import textwrap
 from typing import Final
 
 from ._exceptions import is_peer_fault
+
+LINE_LIMIT: Final = 200
+"""Characters of a peer's error that are logged: its text may be as long as the peer likes."""
 
 logger: Final = logging.getLogger("trio_socketserver")
 
@@ -24,6 +28,7 @@ def log(level: int, message: str, *args: object, error: Exception | None = None)
 def log_error(error: Exception, what: str, *args: object) -> None:
     """Log an error: a traceback for our fault, one quiet line for the peer's."""
     if is_peer_fault(error):
-        log(logging.INFO, f"{what}: %s: %s", *args, type(error).__name__, error)
+        text = textwrap.shorten(str(error), LINE_LIMIT)
+        log(logging.INFO, f"{what}: %s: %s", *args, type(error).__name__, text)
     else:
         log(logging.ERROR, what, *args, error=error)

@@ -441,14 +441,14 @@ class BaseServer:
         if self._one_at_a_time:
             await self._wait_for_room()
 
-    async def _arrives(self, timeout: float) -> bool:
-        """Wait for a request, for *timeout* seconds; at 0, see whether one is there."""
-        with trio.move_on_after(max(timeout, 0)) as arrival:
+    async def _arrives(self, seconds: float) -> bool:
+        """Wait for a request for so long; at 0, see whether one is there."""
+        with trio.move_on_after(max(seconds, 0)) as arrival:
             await self._wait_for_request()
         if not arrival.cancelled_caught:
             return True
         # trio cancels a scope without time before the kernel is asked; select(0) asks.
-        return timeout == 0 and self._may_accept() and _is_readable(self.fileno())
+        return seconds <= 0 and self._may_accept() and _is_readable(self.fileno())
 
     def _may_accept(self) -> bool:
         """Tell whether there is room, and no back-off under way."""
