@@ -7,6 +7,7 @@ exception only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -26,12 +27,17 @@ def _holds_cancelled(error: BaseException) -> bool:
     return isinstance(error, trio.Cancelled)
 
 
-def ungrouped(error: BaseException) -> BaseException:
+def ungrouped(error: BaseException, levels: float = math.inf) -> BaseException:
     """Take the groups off *error* that hold one exception only.
 
     A `trio.Cancelled` beside it does not count: the exception says more than it.
+
+    Args:
+        error: what a nursery raised.
+        levels: how many groups may be taken off.
     """
-    while isinstance(error, BaseExceptionGroup):
+    while isinstance(error, BaseExceptionGroup) and levels > 0:
+        levels -= 1
         members = [member for member in error.exceptions if not only_cancelled(member)]
         if len(members) != 1:
             break
@@ -48,13 +54,17 @@ async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
     """
     raised: BaseException | None = None
     crash: BaseException | None = None
+    levels = math.inf
     try:
         async with trio.open_nursery() as nursery:
             try:
                 yield nursery
             except BaseException as error:  # noqa: ASYNC103 (raised below)
                 if _holds_cancelled(error):
-                    raise  # Perhaps the nursery's own, which only the nursery can absorb.
+                    # Perhaps the nursery's own, which only the nursery can absorb. A group
+                    # of the body's stays one.
+                    levels = 1 if isinstance(error, BaseExceptionGroup) else math.inf
+                    raise
                 # Kept from the nursery, which would make another group of a group.
                 raised = error
                 nursery.cancel_scope.cancel()
@@ -63,7 +73,7 @@ async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
     if crash is None or (raised is not None and only_cancelled(crash)):
         outcome = raised
     elif raised is None:
-        outcome = ungrouped(crash)
+        outcome = ungrouped(crash, levels)
     else:
         both = [raised, ungrouped(crash)]
         outcome = BaseExceptionGroup("both the body and a task failed", both)

@@ -14,7 +14,7 @@ from typing import Final
 from ._exceptions import is_peer_fault
 
 LINE_LIMIT: Final = 200
-"""Characters of a peer's error that are logged: its text may be as long as the peer likes."""
+"""Characters of a peer's error that are logged; it may be as long as the peer likes."""
 
 logger: Final = logging.getLogger("trio_socketserver")
 

@@ -61,7 +61,6 @@ class RequestNursery:
         try:
             async with open_ungrouped_nursery() as outer:
                 await outer.start(self._host, stop_accepting, patience, release)
-                self._opened.set()
                 try:
                     yield
                 finally:
@@ -80,6 +79,7 @@ class RequestNursery:
         """Hold the nursery open until closing is asked for, then close it."""
         try:
             async with trio.open_nursery() as self._inner:
+                self._opened.set()
                 try:
                     task_status.started()
                     await self._close_asked.wait()

@@ -31,7 +31,7 @@ from ._accept import AcceptErrors
 from ._colour import check_colours
 from ._draining import Drain
 from ._exceptions import RequestTimeout, is_peer_fault
-from ._groups import only_cancelled
+from ._groups import only_cancelled, ungrouped
 from ._handlers import HandlerKind, handler_kind, run_handler
 from ._lifecycle import LoopState, ServingLoop
 from ._log import log_error
@@ -71,7 +71,9 @@ seen to hold the loop for half a second.
 
 def _is_readable(fileno: int) -> bool:
     """Ask the kernel, without waiting."""
-    with selectors.DefaultSelector() as selector:
+    # Not the default, epoll, which needs a descriptor when there may be none left.
+    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)
+    with selector_class() as selector:
         selector.register(fileno, selectors.EVENT_READ)
         return bool(selector.select(0))
 
@@ -384,14 +386,19 @@ class BaseServer:
     async def _run_loop(
         self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
     ) -> None:
-        if self._requests is not None and self._requests.closing and not self._loop.fresh:
-            raise RuntimeError("this server is closing or has been closed")
+        if self._requests is not None and self._requests.closing:
+            if not self._loop.fresh:
+                raise RuntimeError("this server is closing or has been closed")
+            # Closed before it began to serve: that is a stop remembered.
+            task_status.started(self.server_address)
+            await trio.lowlevel.checkpoint()
+            return
         scope = self._loop.begin()
         try:
             async with self._entered() as requests:
                 try:
                     if requests.closing:
-                        scope.cancel()  # Closed before it began: that is a stop remembered.
+                        scope.cancel()  # Closed while the nursery was being opened.
                     self._accept_errors = AcceptErrors()
                     if not scope.cancel_called:
                         self._prepare_listener()
@@ -448,7 +455,7 @@ class BaseServer:
         if not arrival.cancelled_caught:
             return True
         # trio cancels a scope without time before the kernel is asked; select(0) asks.
-        return seconds <= 0 and self._may_accept() and _is_readable(self.fileno())
+        return self._may_accept() and _is_readable(self.fileno())
 
     def _may_accept(self) -> bool:
         """Tell whether there is room, and no back-off under way."""
@@ -603,7 +610,7 @@ class BaseServer:
             if errors is not None:
                 log_error(errors, failure, life.client_address)
             if rest is not None:
-                raise rest from None
+                raise ungrouped(rest) from None
 
     async def _report_group(self, life: _Life, group: BaseExceptionGroup[Any]) -> None:
         """Report the part of a group that is an error, and raise the rest."""
@@ -614,7 +621,7 @@ class BaseServer:
             except ExceptionGroup:
                 await self._report(life, errors)
         if rest is not None:
-            raise rest from None
+            raise ungrouped(rest) from None
 
     # -- hooks -----------------------------------------------------------------------
 
