@@ -62,8 +62,8 @@ async def open_ungrouped_nursery() -> AsyncGenerator[trio.Nursery]:
             except BaseException as error:  # noqa: ASYNC103 (raised below)
                 if _holds_cancelled(error):
                     # Perhaps the nursery's own, which only the nursery can absorb. A group
-                    # of the body's stays one.
-                    levels = 1 if isinstance(error, BaseExceptionGroup) else math.inf
+                    # in which the body says more than that stays one.
+                    levels = math.inf if only_cancelled(error) else 1
                     raise
                 # Kept from the nursery, which would make another group of a group.
                 raised = error

@@ -245,18 +245,18 @@ async def run_handler(handler: BaseRequestHandler, cleanup_timeout: float) -> No
         handler._handled = True
     except BaseException as first:
         try:
-            # It shields itself, where it waits.
-            await _finish(handler, cleanup_timeout)  # noqa: ASYNC102
+            if not handler._finish_now():
+                # It shields itself.
+                await _finish(handler, cleanup_timeout)  # noqa: ASYNC102
         except Exception as error:
             if not (isinstance(first, Exception) and is_peer_fault(error)):
                 log_error(error, "finish() of %r failed", type(handler).__qualname__)
         raise
-    await _finish(handler, cleanup_timeout)
+    if not handler._finish_now():
+        await _finish(handler, cleanup_timeout)
 
 
 async def _finish(handler: BaseRequestHandler, cleanup_timeout: float) -> None:
-    if handler._finish_now():
-        return
     with trio.CancelScope(
         deadline=trio.current_time() + cleanup_timeout, shield=True
     ) as scope:

@@ -6,7 +6,7 @@ be active before the loop stops accepting and leaves the rest to the kernel's qu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import cast
 
 from ._server import BaseServer
 
@@ -27,10 +27,7 @@ class NurseryMixIn(BaseServer):
     front of a server class: ``class Server(NurseryMixIn, TCPServer)``.
     """
 
-    if TYPE_CHECKING:
-        max_tasks: int | None
-    else:
-        max_tasks = _DefaultLimit()
+    max_tasks: int | None = cast("int | None", _DefaultLimit())
     """Requests handled at once; at the limit the server stops accepting.
 
     None means no limit, and is the default of stream servers; that of datagram servers is

@@ -522,11 +522,11 @@ class BaseServer:
             self._arriving = None
         life.is_settled = True
 
-    async def _handle(self, life: _Life) -> None:
+    def _handle(self, life: _Life) -> Awaitable[None]:
         """The second stage, in the request's own task."""
         assert self._requests is not None
         self._requests.enter_request()
-        await self.finish_request(life.request, life.client_address)
+        return self.finish_request(life.request, life.client_address)
 
     async def _attend(self, stage: Callable[[_Life], Awaitable[None]], life: _Life) -> None:
         """Run a stage; then, unless the request was handed on, close it and count it."""
@@ -692,13 +692,13 @@ class BaseServer:
         if scope.cancelled_caught:
             raise RequestTimeout(f"the request took longer than {self.request_timeout:g} s")
 
-    async def _run_handler(self, request: Any, client_address: Any) -> None:
+    def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
         kind = self._judge_handler()
         handler = self.RequestHandlerClass(request, client_address, self)
         if kind is HandlerKind.ASYNC_CLASS:
-            await run_handler(handler, self.cleanup_timeout)
-        else:
-            await handler
+            return run_handler(handler, self.cleanup_timeout)
+        awaitable: Awaitable[None] = handler
+        return awaitable
 
     async def shutdown_request(self, request: Any) -> None:
         """Shut down and close one request, shielded, within ``cleanup_timeout``."""
