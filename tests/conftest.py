@@ -25,17 +25,21 @@ def open_descriptors() -> dict[str, str]:
 def live_threads() -> set[threading.Thread]:
     """Return the running threads, without those that trio keeps for its next call."""
     return {
-        thread for thread in threading.enumerate() if not thread.name.startswith("Trio thread")
+        thread
+        for thread in threading.enumerate()
+        if not thread.name.startswith("Trio thread")
     }
 
 
 def children() -> set[str]:
     """Return the process ids of this process's children, zombies included."""
-    return {
-        child
-        for task in Path("/proc/self/task").iterdir()
-        for child in (task / "children").read_text().split()
-    }
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found.update((task / "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # A thread that has just ended.
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,12 +1,11 @@
-"""`BaseServer`: the serving loop, and a request's life.
+"""`BaseServer`: entering and leaving, the serving loop, the hooks.
 
 It knows no socket type, no thread and no process. The rules:
 
 * Every request is one task in the server's `RequestNursery`. The plain server is the limit
   of one: its loop waits for the task before it takes the next request.
 * A request is owned at every moment: by the loop from `get_request()` until
-  `process_request()` has handed it on, by its task from then on. Whatever ends the owner's
-  stage, `_attend` reports it, closes the request and counts it, once.
+  `process_request()` has handed it on, by its task from then on. See `_life`.
 * The loop waits in one place, for a due time, room and a request, and takes what has come
   in batches. Hooks run between the waits and are never cut short by the poll interval.
 """
@@ -14,7 +13,6 @@ It knows no socket type, no thread and no process. The rules:
 from __future__ import annotations
 
 import contextlib
-import enum
 import functools
 import inspect
 import math
@@ -28,11 +26,11 @@ from typing import Any, Final, Self, TypeAlias
 import trio
 
 from ._accept import AcceptErrors
-from ._colour import check_colours
 from ._draining import Drain
-from ._exceptions import RequestTimeout, is_peer_fault
-from ._groups import only_cancelled, ungrouped
+from ._exceptions import RequestTimeout
 from ._handlers import HandlerKind, handler_kind, run_handler
+from ._hooks import check_server_class
+from ._life import Life, Outcome, attend
 from ._lifecycle import LoopState, ServingLoop
 from ._log import log_error
 from ._requests import RequestNursery
@@ -42,24 +40,6 @@ __all__ = ["BaseServer"]
 
 Handler: TypeAlias = Callable[[Any, Any, Any], Any]
 """A handler class, or a function, called with (request, client_address, server)."""
-
-PLAIN_HOOKS: Final = ("fileno", "server_bind", "server_activate")
-COROUTINE_HOOKS: Final = (
-    "serve_forever",
-    "handle_request",
-    "shutdown",
-    "server_close",
-    "get_request",
-    "verify_request",
-    "process_request",
-    "finish_request",
-    "shutdown_request",
-    "close_request",
-    "handle_error",
-    "handle_timeout",
-    "service_actions",
-    "collect_children",
-)
 
 BATCH: Final = 64
 """Requests taken per wake-up at most, so that a flood cannot starve the program.
@@ -76,37 +56,6 @@ def _is_readable(fileno: int) -> bool:
     with selector_class() as selector:
         selector.register(fileno, selectors.EVENT_READ)
         return bool(selector.select(0))
-
-
-class _Outcome(enum.Enum):
-    """How a stage of a request's life has ended; the value is the counter's name."""
-
-    HANDED_ON = ""
-    COMPLETED = "completed"
-    FAILED = "failed"
-    REJECTED = "rejected"
-    CANCELLED = "cancelled"
-
-
-class _Life:
-    """A request and the stage of its life that somebody is responsible for."""
-
-    __slots__ = ("blames_peer", "client_address", "is_settled", "outcome", "request")
-
-    def __init__(self, request: Any, client_address: Any) -> None:
-        self.request = request
-        self.client_address = client_address
-        self.outcome = _Outcome.COMPLETED
-        self.is_settled = False
-        self.blames_peer = False
-
-    def hand_on(self) -> None:
-        """Somebody else answers for the request from now on, whatever happens here."""
-        self.outcome = _Outcome.HANDED_ON
-
-    def end(self, outcome: _Outcome) -> None:
-        if self.outcome is not _Outcome.HANDED_ON:
-            self.outcome = outcome
 
 
 class BaseServer:
@@ -149,20 +98,7 @@ class BaseServer:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for base in cls.__mro__:
-            if base.__module__ == "socketserver":
-                raise TypeError(
-                    f"{cls.__qualname__} mixes trio_socketserver with "
-                    f"socketserver.{base.__name__}: derive from "
-                    f"trio_socketserver.{base.__name__} instead"
-                )
-            if "process_request_thread" in vars(base):
-                raise TypeError(
-                    f"{cls.__qualname__}.process_request_thread would never be called: "
-                    "override 'async def finish_request' for what surrounds the handler, "
-                    "or 'async def shutdown_request' for the closing"
-                )
-        check_colours(cls, COROUTINE_HOOKS, PLAIN_HOOKS)
+        check_server_class(cls)
 
     def __init__(self, server_address: Any, RequestHandlerClass: Handler) -> None:
         self.server_address = server_address
@@ -176,7 +112,7 @@ class BaseServer:
         self._drain = Drain()
         self._requests: RequestNursery | None = None
         self._block: AbstractAsyncContextManager[Any] = contextlib.nullcontext()
-        self._arriving: _Life | None = None
+        self._arriving: Life | None = None
         self._room: trio.Event | None = None
         self._keeps_listener = False
 
@@ -505,15 +441,15 @@ class BaseServer:
         if self._accept_errors.delay:
             self._accept_errors.succeeded()
         self._counters.accepted += 1
-        await self._attend(self._admit, _Life(request, client_address))
+        await attend(self, self._admit, Life(request, client_address))
         return True
 
     # -- a request's life ------------------------------------------------------------
 
-    async def _admit(self, life: _Life) -> None:
+    async def _admit(self, life: Life) -> None:
         """The first stage, in the loop's task: from accepting to handing on."""
         if not await self.verify_request(life.request, life.client_address):
-            life.end(_Outcome.REJECTED)
+            life.end(Outcome.REJECTED)
             return
         self._arriving = life
         try:
@@ -522,64 +458,11 @@ class BaseServer:
             self._arriving = None
         life.is_settled = True
 
-    def _handle(self, life: _Life) -> Awaitable[None]:
+    def _handle(self, life: Life) -> Awaitable[None]:
         """The second stage, in the request's own task."""
         assert self._requests is not None
         self._requests.enter_request()
         return self.finish_request(life.request, life.client_address)
-
-    async def _attend(self, stage: Callable[[_Life], Awaitable[None]], life: _Life) -> None:
-        """Run a stage; then, unless the request was handed on, close it and count it."""
-        try:
-            await stage(life)
-        except trio.Cancelled:
-            life.end(_Outcome.CANCELLED)
-            raise
-        except Exception as error:
-            life.end(_Outcome.FAILED)
-            await self._report(life, error)
-        except BaseExceptionGroup as group:
-            cancelled = only_cancelled(group)
-            life.end(_Outcome.CANCELLED if cancelled else _Outcome.FAILED)
-            await self._report_group(life, group)
-        except BaseException:
-            life.end(_Outcome.FAILED)
-            raise
-        finally:
-            if life.outcome is not _Outcome.HANDED_ON:
-                try:
-                    # It shields itself, where it waits.
-                    await self._close(life)  # noqa: ASYNC102
-                finally:
-                    self._count(life)
-
-    async def _close(self, life: _Life) -> None:
-        """Close the request, within ``cleanup_timeout`` and whatever is cancelled."""
-        if life.is_settled:
-            return  # An overridden process_request() has seen to it.
-        closed = False
-        try:
-            if self._closes_at_once(life.request):
-                await self.shutdown_request(life.request)
-            else:
-                with trio.CancelScope(
-                    deadline=trio.current_time() + self.cleanup_timeout, shield=True
-                ) as scope:
-                    await self.shutdown_request(life.request)
-                if scope.cancelled_caught:
-                    raise RequestTimeout(
-                        f"closing took longer than {self.cleanup_timeout:g} s"
-                    )
-            closed = True
-        except Exception as error:
-            life.end(_Outcome.FAILED)
-            await self._report(life, error)
-        except BaseExceptionGroup as group:
-            life.end(_Outcome.FAILED)
-            await self._report_group(life, group)
-        finally:
-            if not closed:
-                self._abort(life.request)
 
     def _closes_at_once(self, request: Any) -> bool:
         """Tell whether `shutdown_request()` cannot wait, and so needs no shield."""
@@ -588,40 +471,15 @@ class BaseServer:
     def _abort(self, request: Any) -> None:
         """Close at once what `shutdown_request()` has left open."""
 
-    def _count(self, life: _Life) -> None:
+    def _count(self, life: Life) -> None:
+        """Count a request that has ended; whoever waits for room looks again."""
         counters, name = self._counters, life.outcome.value
         setattr(counters, name, getattr(counters, name) + 1)
-        if life.blames_peer and life.outcome is _Outcome.FAILED:
+        if life.blames_peer and life.outcome is Outcome.FAILED:
             counters.peer_errors += 1
         if self._room is not None:
             self._room.set()
             self._room = None
-
-    async def _report(self, life: _Life, error: Exception) -> None:
-        """Give an error, which is being handled, to `handle_error()`."""
-        life.blames_peer = life.blames_peer or is_peer_fault(error)
-        failure = "handle_error() failed for the request of %r"
-        try:
-            await self.handle_error(life.request, life.client_address)
-        except Exception as another:
-            log_error(another, failure, life.client_address)
-        except BaseExceptionGroup as group:
-            errors, rest = group.split(Exception)
-            if errors is not None:
-                log_error(errors, failure, life.client_address)
-            if rest is not None:
-                raise ungrouped(rest) from None
-
-    async def _report_group(self, life: _Life, group: BaseExceptionGroup[Any]) -> None:
-        """Report the part of a group that is an error, and raise the rest."""
-        errors, rest = group.split(Exception)
-        if errors is not None:
-            try:
-                raise errors
-            except ExceptionGroup:
-                await self._report(life, errors)
-        if rest is not None:
-            raise ungrouped(rest) from None
 
     # -- hooks -----------------------------------------------------------------------
 
@@ -666,9 +524,8 @@ class BaseServer:
         """
         if self._requests is None:
             raise RuntimeError("process_request() needs a server that serves")
-        self._requests.start_soon(
-            self._attend, self._handle, _Life(request, client_address), name="request"
-        )
+        life = Life(request, client_address)
+        self._requests.start_soon(attend, self, self._handle, life, name="request")
         arriving = self._arriving
         if arriving is not None and (
             arriving.request is request or self._loop.is_current_task()

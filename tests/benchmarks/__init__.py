@@ -1,0 +1,1 @@
+"""Benchmarks against other servers: ``python -m tests.benchmarks``."""

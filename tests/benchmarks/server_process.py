@@ -1,0 +1,125 @@
+"""A server in a process of its own, and what the kernel says it used."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal
+
+from tests.benchmarks.cores import pinned
+from tests.benchmarks.servers import Peer
+
+START_TIMEOUT = 10.0
+"""Seconds until a server must have announced its port: importing takes 0.1 to 0.5."""
+
+KILL_TIMEOUT = 5.0
+"""Seconds that SIGTERM is given before SIGKILL. No server handles it: it ends at once."""
+
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>."""
+
+libc = ctypes.CDLL(None)
+
+
+class ServerFailed(Exception):
+    """The server did not start, or died. The text holds the end of its stderr."""
+
+
+class ServerProcess:
+    """A running server.
+
+    Attributes:
+        port: Where it listens.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
+        self._process = process
+        self._stderr = stderr
+        self.port = self._announced_port()
+
+    def check(self) -> None:
+        """See that it still runs.
+
+        Raises:
+            ServerFailed: It does not.
+        """
+        if self._process.poll() is not None:
+            status = self._process.returncode
+            raise ServerFailed(f"ended with {status}: {self.last_words()}")
+
+    def cpu_seconds(self) -> float:
+        """CPU time used so far, by all threads and by children that have ended."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        # proc(5): after the name in brackets comes field 3; utime, stime, cutime and
+        # cstime are fields 14 to 17.
+        ticks = stat.rpartition(")")[2].split()[11:15]
+        return sum(map(int, ticks)) / TICKS_PER_SECOND
+
+    def peak_memory(self) -> int:
+        """The most memory it has had resident so far, in bytes, without children."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        for line in status.splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise ServerFailed("has no memory: it is a zombie")
+
+    def _announced_port(self) -> int:
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], START_TIMEOUT)[0]:
+            raise ServerFailed(f"did not start within {START_TIMEOUT:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait(KILL_TIMEOUT)
+            raise ServerFailed(f"did not start: {self.last_words()}")
+        return int(line)
+
+    def last_words(self) -> str:
+        """The last line of its stderr."""
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def die_with_parent() -> None:
+    """Runs in the child: however the benchmarks end, no server stays behind."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def serving(
+    peer: Peer, transport: Literal["tcp", "udp"], core: int
+) -> Iterator[ServerProcess]:
+    """Start a peer's server on ``core``; kill it on leaving.
+
+    Raises:
+        ServerFailed: It did not start.
+    """
+    command = [sys.executable, "-m", "tests.benchmarks.servers", peer.name, transport]
+    with tempfile.TemporaryFile() as stderr:
+        with pinned(core):
+            process = subprocess.Popen(
+                command,
+                cwd=Path(__file__).parents[2],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                preexec_fn=die_with_parent,
+            )
+        with process:
+            try:
+                yield ServerProcess(process, stderr)
+            finally:
+                process.terminate()
+                try:
+                    process.wait(KILL_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    process.kill()

@@ -1,0 +1,85 @@
+"""The servers that are compared, one process each.
+
+All of them echo. ``trio_socketserver`` is used as its README shows it: a handler that
+iterates over the lines of ``rfile`` and writes each to ``wfile``. The others do the least
+their library allows: send back what arrived, without looking for line ends. That favours
+them, and spares us the question whose line reader is the right one.
+
+This module imports none of the libraries, so that a process loads only what it serves with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+HOST = "127.0.0.1"
+
+BACKLOG = 128
+"""Connections the kernel queues, for every peer. socketserver's own default is 5, asyncio's
+100, gevent's 256, trio's the system's maximum. Below the number of clients, what is
+measured is how long a client waits before it sends its SYN again: one second."""
+
+CHUNK = 65536
+"""Bytes asked for by one receive: asyncio streams' limit, and trio's own default."""
+
+Announce = Callable[[int], None]
+"""Called with the port, once the server's socket listens."""
+
+Serve = Callable[[Announce], None]
+"""Serves until the process is killed."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row of the tables.
+
+    Attributes:
+        name: What the command line and the tables call it.
+        tcp: The function that serves TCP, as ``module:function`` of this package.
+        udp: The function that serves UDP.
+        requires: The packages to be installed for it.
+        only: The workloads it takes part in, if not all of its transports.
+    """
+
+    name: str
+    tcp: str | None = None
+    udp: str | None = None
+    requires: tuple[str, ...] = ()
+    only: frozenset[str] | None = None
+
+    def absent(self) -> list[str]:
+        """The required packages that are not installed."""
+        return [package for package in self.requires if find_spec(package) is None]
+
+
+OURS = Peer(
+    "trio_socketserver",
+    "with_trio_socketserver:tcp",
+    "with_trio_socketserver:udp",
+    ("trio_socketserver",),
+)
+
+PEERS = {
+    peer.name: peer
+    for peer in [
+        OURS,
+        Peer("trio", "with_trio:tcp", "with_trio:udp", ("trio",)),
+        Peer("anyio on trio", "with_anyio:tcp", None, ("anyio", "trio")),
+        Peer("asyncio", "with_asyncio:tcp", "with_asyncio:udp"),
+        Peer("uvloop", "with_asyncio:tcp_uvloop", "with_asyncio:udp_uvloop", ("uvloop",)),
+        Peer("gevent", "with_gevent:tcp", "with_gevent:udp", ("gevent",)),
+        Peer(
+            "socketserver threading",
+            "with_socketserver:tcp_threading",
+            "with_socketserver:udp_threading",
+        ),
+        Peer(
+            "socketserver forking",
+            "with_socketserver:tcp_forking",
+            only=frozenset({"short"}),
+        ),
+        Peer("bare epoll", "with_epoll:tcp", "with_epoll:udp"),
+    ]
+}

@@ -1,0 +1,40 @@
+"""One server, alone, for the suite or for a profiler.
+
+``python -m tests.benchmarks.servers "bare epoll" tcp`` prints its port and serves until it
+is killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from typing import cast
+
+from tests.benchmarks.servers import PEERS, Serve
+
+
+def announce(port: int) -> None:
+    """Tell whoever started this process where to connect."""
+    print(port, flush=True)
+
+
+def main() -> None:
+    """Serve as the named peer."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.servers")
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("transport", choices=["tcp", "udp"])
+    options = parser.parse_args()
+    peer = PEERS[options.peer]
+    entry = peer.tcp if options.transport == "tcp" else peer.udp
+    if entry is None:
+        sys.exit(f"{peer.name} has no {options.transport} server")
+    if absent := peer.absent():
+        sys.exit(f"{peer.name} needs {', '.join(absent)}, which is not installed")
+    module, function = entry.split(":")
+    serve = cast(Serve, getattr(import_module(f"{__package__}.{module}"), function))
+    serve(announce)
+
+
+if __name__ == "__main__":
+    main()

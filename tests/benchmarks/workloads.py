@@ -1,0 +1,65 @@
+"""What the clients do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One table.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What the report calls it.
+        mode: The load generator's mode.
+        clients: How many there are, and so how many requests are in flight.
+        size: Bytes of one message.
+    """
+
+    name: str
+    title: str
+    mode: Literal["short", "pingpong", "udp"]
+    clients: int
+    size: int
+
+    @property
+    def transport(self) -> Literal["tcp", "udp"]:
+        """Which of a peer's servers it needs."""
+        return "udp" if self.mode == "udp" else "tcp"
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in [
+        Workload(
+            "short",
+            "Short connections: connect, one line, one reply, close (50 clients, 64 bytes)",
+            mode="short",
+            clients=50,
+            size=64,
+        ),
+        Workload(
+            "pingpong",
+            "Line ping-pong on open connections (50 clients, 64 bytes)",
+            mode="pingpong",
+            clients=50,
+            size=64,
+        ),
+        Workload(
+            "bulk",
+            "64 KiB echoes on open connections (8 clients)",
+            mode="pingpong",
+            clients=8,
+            size=65536,
+        ),
+        Workload(
+            "udp",
+            "UDP ping-pong (50 clients, 64 bytes)",
+            mode="udp",
+            clients=50,
+            size=64,
+        ),
+    ]
+}

@@ -1,0 +1,902 @@
+"""README.md, docs/ and CHANGELOG.md are true: each block of code is executed, the numbers
+and names in tables are those of the package."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import math
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import textwrap
+import tomllib
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from xml.etree import ElementTree as ET
+
+import coverage.cmdline
+import pytest
+import trio
+import trio.testing
+from helpers import connect, is_refused, receive
+
+import trio_socketserver
+from trio_socketserver._accept import BACK_OFF_FIRST, BACK_OFF_LIMIT
+from trio_socketserver._cli import DEFAULT_BIND, make_parser
+from trio_socketserver._draining import FIRST_LINE_GRACE
+from trio_socketserver._files import LINES_IN_A_ROW, MAX_LINE_SIZE, WRITE_BUFFER_SIZE
+from trio_socketserver._hooks import COROUTINE_HOOKS, PLAIN_HOOKS
+from trio_socketserver._lifecycle import TRANSITIONS, LoopEvent, LoopState
+from trio_socketserver._run import GRACEFUL_TIMEOUT
+from trio_socketserver._server import BATCH
+from trio_socketserver._sockets import RECEIVE_SIZE
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.rst"))]
+
+LIMIT = 20
+"""Seconds to wait for a program that hangs."""
+
+
+# -- finding the blocks --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code in a document.
+
+    Attributes:
+        document: the file's name.
+        name: in docs/, the block's caption or name, or ``after <caption>`` of the last
+            program before it; in the README, the heading, and a number from 2 on.
+        language: what it is written in.
+        text: its lines, without indentation.
+    """
+
+    document: str
+    name: str
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.document}: {self.name}"
+
+
+def blocks_of_markdown(document: Path) -> Iterator[Block]:
+    heading, number = "", 0
+    for match in re.finditer(
+        r"^#+ (?P<heading>[^\n]*)$|^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+        document.read_text(),
+        re.MULTILINE | re.DOTALL,
+    ):
+        if match["heading"]:
+            heading, number = match["heading"], 0
+        else:
+            number += 1
+            name = heading if number == 1 else f"{heading} {number}"
+            yield Block(document.name, name, match["language"], match["text"])
+
+
+def blocks_of_rst(document: Path) -> Iterator[Block]:
+    program = "the title"
+    for match in re.finditer(
+        r"^\.\. code-block:: (?P<language>\w+)\n"
+        r"(?:   :(?:caption|name): (?P<caption>.*)\n)?\n(?P<text>(?:   .*\n|\n)+)",
+        document.read_text(),
+        re.MULTILINE,
+    ):
+        if match["caption"] and match["caption"].endswith(".py"):
+            program = match["caption"]
+        name = match["caption"] or f"after {program}"
+        text = textwrap.dedent(match["text"]).strip() + "\n"
+        yield Block(document.name, name, match["language"], text)
+
+
+BLOCKS = {
+    str(block): block
+    for document in DOCUMENTS
+    for block in (
+        blocks_of_markdown(document) if document == README else blocks_of_rst(document)
+    )
+}
+
+
+def test_every_block_of_code_is_found() -> None:
+    texts = [document.read_text() for document in DOCUMENTS]
+    marks = re.compile(r"^ *(?:```\w|\.\. code-block::)", re.MULTILINE)
+    assert len(BLOCKS) == sum(len(marks.findall(text)) for text in texts)
+    by_other_means = re.compile(
+        r"^\.\. (?:code|sourcecode|literalinclude|parsed-literal)::"
+        r"|^[^.\n].*::$|^ *>>>|^~~~",
+        re.MULTILINE,
+    )
+    assert not [found for text in texts for found in by_other_means.findall(text)]
+
+
+# -- running whole programs ----------------------------------------------------------------
+
+LAUNCHER = """
+import runpy, socketserver, sys, trio_socketserver
+
+def announce(server_class):
+    bind_and_listen = server_class.__init__
+    def __init__(self, *args, **kwargs):
+        bind_and_listen(self, *args, **kwargs)
+        print(self.server_address[1], flush=True)
+    server_class.__init__ = __init__
+
+announce(socketserver.TCPServer)
+announce(trio_socketserver.TCPServer)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+"""Runs a program of the documentation, and prints the port of each server it makes."""
+
+
+class Program:
+    """A program in a process of its own, on free ports in the place of 9999 and 9998."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        package = Path(trio_socketserver.__file__).parent.parent
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(package), "PYTHONUNBUFFERED": "1"},
+        )
+
+    @classmethod
+    def of(cls, block: Block, folder: Path) -> Self:
+        path = folder / "program.py"
+        source = re.sub(r"\b999[89]\b", "0", block.text)
+        assert source != block.text
+        path.write_text(source)
+        return cls(folder, "-c", LAUNCHER, str(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def line(self) -> str:
+        """Return the next line that the program prints."""
+        line = b""
+        while not line.endswith(b"\n"):
+            assert self.process.stdout is not None
+            assert select.select([self.process.stdout], [], [], LIMIT)[0], line
+            byte = self.process.stdout.read(1)
+            assert byte, self.end()
+            line += byte
+        return line.decode().rstrip("\n")
+
+    def address(self) -> tuple[str, int]:
+        """Return where the program's next server listens."""
+        return ("127.0.0.1", int(self.line()))
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the program's end: return the exit code, stdout and stderr."""
+        stdout, stderr = self.process.communicate(timeout=LIMIT)
+        return self.process.returncode, stdout.decode(), stderr.decode()
+
+    def end_quietly(self) -> None:
+        """Press Ctrl-C; nothing is said about it, and all is well."""
+        self.interrupt()
+        assert self.end() == (0, "", "")
+
+
+def say(address: tuple[str, int], *lines: str) -> list[str]:
+    """Say lines to a server, each after the answer to the one before; return those."""
+    with connect(address) as client, client.makefile("rb") as answers:
+        heard = []
+        for line in lines:
+            client.sendall(f"{line}\n".encode())
+            heard.append(answers.readline().decode().rstrip("\n"))
+        return heard
+
+
+def exchange(address: tuple[str, int], data: bytes) -> bytes:
+    """Send *data* and the end of the stream; return everything that comes back."""
+    with connect(address) as client:
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        with client.makefile("rb") as answers:
+            return answers.read()
+
+
+# -- what each block is put through --------------------------------------------------------
+
+Scenario = Callable[[Block, Path], None]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(*names: str) -> Callable[[Scenario], Scenario]:
+    """Register what is done with the blocks of these names."""
+
+    def register(function: Scenario) -> Scenario:
+        for name in names:
+            assert name not in SCENARIOS
+            SCENARIOS[name] = function
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, block in BLOCKS.items() if block.language != "text"]
+)
+def test_block(name: str, tmp_path: Path) -> None:
+    SCENARIOS[name](BLOCKS[name], tmp_path)
+
+
+def test_no_scenario_without_a_block() -> None:
+    assert not SCENARIOS.keys() - BLOCKS.keys()
+
+
+def loaded(block: Block, name: str = "loaded") -> dict[str, Any]:
+    """Execute a program as a module, so that its servers are not started."""
+    module = types.ModuleType(name)
+    exec(compile(block.text, str(block), "exec"), module.__dict__)
+    return module.__dict__
+
+
+async def execute(block: Block, namespace: dict[str, Any]) -> None:
+    """Execute a fragment in which there may be ``await``."""
+    code = compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    result = types.FunctionType(code, namespace)()
+    if inspect.iscoroutine(result):
+        await result
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Return the commands of a shell line, in words."""
+    assert block.text.count("\n") == 1
+    return [shlex.split(command) for command in block.text.split("&&")]
+
+
+@scenario("README.md: Start a server")
+def first_command(block: Block, folder: Path) -> None:
+    venv, install, start = commands(block)
+    assert venv == ["python3", "-m", "venv", ".venv"]
+    assert install == [".venv/bin/pip", "install", "."]
+    python, *arguments = start
+    assert python == ".venv/bin/python"
+    with Program(folder, *arguments, "--bind", "127.0.0.1:0") as server:
+        assert server.line().startswith("serving EchoStream on 127.0.0.1:")
+        offered = server.line()
+        port = int(re.search(r"'127.0.0.1', (\d+)", offered)[1])  # type: ignore[index]
+        assert say(("127.0.0.1", port), "hello") == ["hello"]
+        client = BLOCKS["README.md: Start a server 2"].text
+        assert client.startswith("python3 -c ")
+        printed = shell(client.replace("python3", shlex.quote(sys.executable)), port)
+        assert printed == BLOCKS["README.md: Start a server 3"].text
+        server.interrupt()
+        code, stdout, stderr = server.end()
+        assert (code, stderr) == (0, "")
+        assert "completed 2" in stdout
+    assert DEFAULT_BIND == "127.0.0.1:9999"
+
+
+def shell(command: str, port: int, folder: Path | None = None) -> str:
+    """Run a shell command that talks to port 9999, with *port* in its place."""
+    return subprocess.run(
+        command.replace("9999", str(port)),
+        shell=True,
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    ).stdout
+
+
+@scenario("README.md: Start a server 2")
+def client_command(block: Block, folder: Path) -> None:
+    """The client's line is run by `first_command`; without a server it says so."""
+    assert SCENARIOS["README.md: Start a server"] is first_command
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with pytest.raises(subprocess.CalledProcessError, match="returned non-zero"):
+            shell(
+                block.text.replace("python3", shlex.quote(sys.executable)),
+                unused.getsockname()[1],
+            )
+
+
+@scenario("README.md: Run the tests")
+def second_command(block: Block, folder: Path) -> None:
+    """A test cannot run all tests; the pieces of the command must exist."""
+    venv, install, *rest = commands(block)
+    assert venv == ["python3", "-m", "venv", ".venv"]
+    assert install[:3] == [".venv/bin/pip", "install", "-e"]
+    extra = re.fullmatch(r"\.\[(\w+)\]", install[3])
+    assert extra is not None
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {
+        re.match(r"[\w-]+", name)[0] for name in project["optional-dependencies"][extra[1]]
+    }  # type: ignore[index]
+    assert wanted >= {"pytest", "pytest-trio", "coverage"}
+    for python, dash_m, module, subcommand, *options in rest:
+        assert (python, dash_m, module) == (".venv/bin/python", "-m", "coverage")
+        assert subcommand in coverage.cmdline.COMMANDS
+        assert options in ([], ["-m", "pytest"])
+    assert ["run", "-m", "pytest"] in [words[3:] for words in rest]
+
+
+@scenario("README.md: A server in 15 lines")
+def counting(block: Block, folder: Path) -> None:
+    assert block.text.count("\n") <= 15
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert say(address, "a", "b") == ["1: a", "2: b"]
+        assert say(address, "c") == ["3: c"]
+        program.end_quietly()
+
+
+@scenario("README.md: Port a server in four steps")
+@scenario("README.md: Port a server in four steps 2")
+def ported(block: Block, folder: Path) -> None:
+    """Both programs answer the same bytes with the same bytes."""
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert exchange(address, b"one\ntwo\nthr") == b"ONE\nTWO\nTHR"
+        assert exchange(address, b"") == b""
+
+
+@scenario("README.md: Three scopes", "structured.rst: scopes")
+def scopes(block: Block, folder: Path) -> None:
+    ended = []
+
+    class Stubborn(trio_socketserver.StreamRequestHandler):
+        async def handle(self) -> None:
+            await self.wfile.write(await self.rfile.readline())
+            await trio.sleep_forever()
+
+        async def finish(self) -> None:
+            ended.append("finish")
+
+    async def main() -> None:
+        namespace = {
+            "trio": trio,
+            "NurseryTCPServer": trio_socketserver.NurseryTCPServer,
+            "address": ("127.0.0.1", 0),
+            "Handler": Stubborn,
+        }
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(execute, block, namespace)
+                await trio.testing.wait_all_tasks_blocked()
+                address = namespace["server"].server_address
+                with connect(address) as one, connect(address) as two:
+                    for client in one, two:
+                        client.sendall(b"hello\n")
+                        assert await receive(client) == b"hello\n"
+                    namespace["soft"].cancel()
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert is_refused(address)
+                    assert not ended
+                    assert namespace["server"].statistics().active == 2
+                    namespace["hard"].cancel()
+                    for client in one, two:
+                        assert await receive(client) == b""
+        assert ended == ["finish", "finish"]
+        assert namespace["server"].statistics().cancelled == 2
+
+    trio.run(main)
+
+
+# -- the tutorial --------------------------------------------------------------------------
+
+
+@scenario("tutorial.rst: after the title")
+def tutorial_install(block: Block, folder: Path) -> None:
+    """The same steps as in the README, in an active environment."""
+    venv, _, install = (line.removeprefix("$ ") for line in block.text.splitlines())
+    first = BLOCKS["README.md: Start a server"].text
+    assert first.startswith(f"{venv} && .venv/bin/{install} && ")
+
+
+@scenario("tutorial.rst: talk.py")
+def talk(block: Block, folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(LIMIT)
+        with talking(folder, ["one", "two"], listener.getsockname()[1]) as client:
+            with listener.accept()[0] as connection, connection.makefile("rb") as lines:
+                for line in lines:
+                    connection.sendall(line.upper())
+            assert client.end() == (0, "ONE\nTWO\n", "")
+
+
+def talking(folder: Path, words: list[str], port: int) -> Program:
+    """Start the tutorial's client."""
+    client = folder / "talk.py"
+    client.write_text(BLOCKS["tutorial.rst: talk.py"].text.replace("9999", str(port)))
+    return Program(folder, str(client), *words)
+
+
+@scenario(
+    "tutorial.rst: after echo.py",
+    "tutorial.rst: after lines.py",
+    "tutorial.rst: after chat.py",
+)
+def console(block: Block, folder: Path) -> None:
+    """What is typed gives what is shown, with the program before it in the document."""
+    program_name = block.name.removeprefix("after ")
+    command, *shown = block.text.splitlines()
+    prompt, python, client, *words = shlex.split(command)
+    assert (prompt, python, client) == ("$", "python", "talk.py")
+    program_block = BLOCKS[f"{block.document}: {program_name}"]
+    with Program.of(program_block, folder) as program:
+        with talking(folder, words, program.address()[1]) as client:
+            code, printed, complaints = client.end()
+        assert (code, printed.splitlines(), complaints) == (0, shown, "")
+        program.end_quietly()
+
+
+@scenario("tutorial.rst: echo.py")
+def one_line(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        assert say(program.address(), "one", "two") == ["one", ""]
+        program.end_quietly()
+
+
+@scenario("index.rst: echo.py", "tutorial.rst: lines.py")
+def many_clients(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        with connect(address) as idle:
+            idle.sendall(b"first\n")
+            assert idle.recv(99) == b"first\n"
+            assert say(address, "one", "two") == ["one", "two"]
+            program.interrupt()
+            assert idle.recv(1) == b""
+        assert program.end() == (0, "", "")
+
+
+@scenario("tutorial.rst: clock.py")
+def clock(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        assert re.fullmatch(
+            rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}\n", exchange(program.address(), b"")
+        )
+        program.end_quietly()
+
+
+@scenario("tutorial.rst: chat.py")
+def chat(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        with (
+            connect(address) as ann,
+            connect(address) as bob,
+            ann.makefile("rb") as to_ann,
+            bob.makefile("rb") as to_bob,
+        ):
+            ann.sendall(b"a\n")
+            assert to_ann.readline() == b"a\n"
+            bob.sendall(b"b\n")
+            # Perhaps after Ann's line: whether Bob was in the room then, nobody can tell.
+            assert b"b\n" in to_bob
+            assert to_ann.readline() == b"b\n"
+            ann.shutdown(socket.SHUT_WR)
+            assert to_ann.readline() == b""
+            bob.sendall(b"c\n")
+            program.interrupt()
+            assert to_bob.readlines() == [b"c\n"]
+        assert program.end() == (0, "", "")
+
+
+@scenario("tutorial.rst: careful.py")
+def careful(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert say(address, "x" * 999) == ["x" * 999]
+        assert say(address, "x" * 1001) == [""]
+        program.interrupt()
+        code, stdout, stderr = program.end()
+        assert (code, stdout) == (0, "")
+        (line,) = stderr.splitlines()
+        assert line.startswith("INFO:trio_socketserver:")
+        assert "LineTooLong" in line
+
+    namespace = loaded(block)
+    server_class, handler = namespace["CarefulServer"], namespace["CarefulEcho"]
+    assert server_class.max_tasks == 100
+    virtual = trio.testing.MockClock()
+
+    async def silent_client() -> None:
+        async with (
+            server_class(("127.0.0.1", 0), handler) as server,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(server.serve_forever)
+            with connect(server.server_address) as client:
+                for seconds in (59, 59):
+                    client.sendall(b"x\n")
+                    assert await in_thread(client.recv, 9) == b"x\n"
+                    await trio.testing.wait_all_tasks_blocked()
+                    virtual.jump(seconds)
+                    await trio.testing.wait_all_tasks_blocked()
+                assert server.statistics().active == 1
+                virtual.jump(1)
+                assert await in_thread(client.recv, 9) == b""
+            assert server.statistics().failed == 1
+            assert await server.verify_request(None, ("127.0.0.1", 1))
+            assert not await server.verify_request(None, ("192.0.2.1", 1))
+            await server.shutdown()
+
+    trio.run(silent_client, clock=virtual)
+
+
+async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a plain blocking function, which has a timeout of its own."""
+    return await trio.to_thread.run_sync(function, *arguments)
+
+
+@scenario("tutorial.rst: raises")
+def forgetful(block: Block, folder: Path) -> None:
+    with pytest.raises(TypeError) as caught:
+        exec(block.text, {"NurseryTCPServer": trio_socketserver.NurseryTCPServer})
+    assert f"TypeError: {caught.value}\n" == BLOCKS["tutorial.rst: raised"].text
+
+
+@scenario("tutorial.rst: polite.py")
+def polite(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        with connect(address) as client, client.makefile("rb") as answers:
+            client.sendall(b"hello\n")
+            assert answers.readline() == b"hello\n"
+            program.interrupt()
+            assert answers.read() == b"the server closes, goodbye\n"
+        assert program.end() == (0, "", "")
+    assert loaded(block)["PoliteServer"].graceful_timeout == 10
+
+
+@scenario("tutorial.rst: both.py")
+def both(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        tcp, udp = program.address(), program.address()
+        assert say(tcp, "hello") == ["HELLO"]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(LIMIT)
+            client.connect(udp)
+            client.send(b"hello")
+            assert client.recv(99) == b"HELLO"
+        assert say(tcp, "stop") == [""]
+        assert program.end() == (0, "connections: 2\ndatagrams: 1\n", "")
+
+
+@scenario("tutorial.rst: test_lines.py")
+def a_test(block: Block, folder: Path) -> None:
+    echo = loaded(BLOCKS["tutorial.rst: lines.py"])["Echo"]
+    with imported_as("lines", Echo=echo):
+        test = loaded(block)["test_echo"]
+
+    async def bounded() -> None:
+        with trio.fail_after(LIMIT):
+            await test()
+
+    trio.run(bounded)
+
+
+@contextmanager
+def imported_as(name: str, **attributes: object) -> Iterator[None]:
+    """Let ``import name`` give a module with these attributes."""
+    assert name not in sys.modules
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+# -- writing handlers, structured servers --------------------------------------------------
+
+
+@scenario("handlers.rst: frames.py")
+def frames(block: Block, folder: Path) -> None:
+    def frame(data: bytes) -> bytes:
+        return struct.pack("!I", len(data)) + data
+
+    with Program.of(block, folder) as program:
+        address = program.address()
+        data = frame(b"one") + frame(b"") + frame(bytes(65536))
+        assert exchange(address, data) == data
+        with connect(address) as greedy:
+            greedy.sendall(struct.pack("!I", 65537))
+            assert greedy.recv(1) == b""
+        assert exchange(address, b"\0\0\0\5half") == b""
+        assert exchange(address, b"\0\0") == b""
+        program.end_quietly()
+
+
+@scenario("handlers.rst: plain.py")
+def plain(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        assert exchange(program.address(), b"no lines here") == b"no lines here"
+        program.end_quietly()
+
+
+@scenario("handlers.rst: fragment")
+def too_late(block: Block, folder: Path) -> None:
+    namespace: dict[str, Any] = {"trio": trio}
+    exec(block.text, namespace)
+    handler = type(
+        "Handler",
+        (trio_socketserver.StreamRequestHandler,),
+        {"handle": namespace["handle"]},
+    )
+    virtual = trio.testing.MockClock()
+
+    async def main() -> None:
+        async with (
+            trio_socketserver.NurseryTCPServer(("127.0.0.1", 0), handler) as server,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(server.serve_forever)
+            with connect(server.server_address) as quick:
+                quick.sendall(b"here\n")
+                assert await in_thread(quick.recv, 99) == b"here\n"
+            with connect(server.server_address) as slow:
+                await trio.testing.wait_all_tasks_blocked()
+                virtual.jump(5)
+                assert await in_thread(slow.recv, 99) == b"too late\n"
+            await server.shutdown()
+
+    trio.run(main, clock=virtual)
+
+
+@scenario("handlers.rst: upper.py")
+def upper(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(LIMIT)
+            client.connect(program.address())
+            client.send(b"hello")
+            assert client.recv(99) == b"HELLO"
+        program.end_quietly()
+
+
+@scenario("structured.rst: several.py")
+def several(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        public, admin = program.address(), program.address()
+        assert say(public, "a") == ["a"]
+        assert say(public, "b") == ["b"]
+        assert say(admin, "?") == ["2 requests"]
+
+
+# -- names and numbers ---------------------------------------------------------------------
+
+
+def rst_tables(document: str, section: str) -> dict[str, list[list[str]]]:
+    """Return the tables of a section by their titles: the cells, without the header."""
+    text = (ROOT / "docs" / document).read_text()
+    text = re.split(r"^(.+)\n-+\n", text, flags=re.MULTILINE)[
+        1 + re.findall(r"^(.+)\n-+\n", text, re.MULTILINE).index(section) * 2 + 1
+    ]
+    tables = {}
+    for table in re.finditer(
+        r"^\.\. list-table::(?P<title>.*)\n(?:   :.*\n)*\n(?P<rows>(?:   .*\n|\n)+)",
+        text,
+        re.MULTILINE,
+    ):
+        rows = re.split(r"^   \* - ?", table["rows"], flags=re.MULTILINE)[2:]
+        cells = (re.split(r"^     -(?: |$)", row, flags=re.MULTILINE) for row in rows)
+        tables[table["title"].strip()] = [
+            [" ".join(c.split()) for c in row] for row in cells
+        ]
+    return tables
+
+
+ATTRIBUTES = [
+    (class_name, *row)
+    for class_name, rows in rst_tables("differences.rst", "Defaults").items()
+    for row in rows
+]
+"""The class, the attribute, its default here and in the standard library, the reason."""
+
+
+def literal(cell: str) -> Any:
+    """Evaluate a cell that is one literal."""
+    match = re.fullmatch(r"``(.*)``", cell)
+    assert match is not None, cell
+    return eval(match[1], {"inf": math.inf, **vars(socket)})
+
+
+@pytest.mark.parametrize("row", ATTRIBUTES, ids=lambda row: f"{row[0]}.{row[1].strip('`')}")
+def test_defaults(row: tuple[str, ...]) -> None:
+    class_name, cell, here, there, why = row
+    attribute = cell.strip("`")
+    assert why
+    assert getattr(getattr(trio_socketserver, class_name), attribute) == literal(here)
+    owner = getattr(socketserver, class_name, None)
+    if there.startswith("``ThreadingMixIn``: "):
+        owner, there = socketserver.ThreadingMixIn, there.partition(": ")[2]
+    if there:
+        assert getattr(owner, attribute) == literal(there)
+    else:
+        assert not hasattr(owner, attribute)
+
+
+def test_every_attribute_is_in_a_table() -> None:
+    roots = trio_socketserver.BaseServer, trio_socketserver.BaseRequestHandler
+    classes = {
+        base
+        for found in vars(trio_socketserver).values()
+        if inspect.isclass(found) and issubclass(found, roots)
+        for base in found.__mro__
+        if base is not object
+    }
+    defined = {
+        name
+        for owner in classes
+        for name in vars(owner)
+        if not name.startswith("_")
+        if isinstance(getattr(owner, name), (bool, int, float, str, type(None)))
+    }
+    assert {cell.strip("`") for _, cell, *_ in ATTRIBUTES} == defined
+
+
+def test_colours_of_hooks() -> None:
+    text = (ROOT / "docs" / "differences.rst").read_text()
+    section = text.partition("\nHooks that may wait are coroutine methods\n")[2]
+    coroutines, plain_hooks, *_ = re.findall(r"``([\w\s]+)``", section)
+    # collect_children comes with ForkingMixIn.
+    assert set(coroutines.split()) == set(COROUTINE_HOOKS) - {"collect_children"}
+    assert set(plain_hooks.split()) == set(PLAIN_HOOKS)
+
+
+def test_names_of_the_readme() -> None:
+    table = README.read_text().partition("\n## Names\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE))
+    names = {what: set(re.findall(r"`(\w+)`", cell)) for what, cell in rows.items()}
+    assert set().union(*names.values()) == set(trio_socketserver.__all__)
+    there = names["from `socketserver`"]
+    assert there == set(trio_socketserver.__all__) & set(dir(socketserver))
+    exceptions = names["exceptions"]
+    assert all(
+        issubclass(getattr(trio_socketserver, name), Exception) for name in exceptions
+    )
+
+
+def test_reference_covers_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference.rst").read_text()
+    directives = re.compile(
+        r"^\.\. auto(?:class|exception|function):: (\w+)$", re.MULTILINE
+    )
+    described = directives.findall(text)
+    assert len(described) == len(set(described))
+    assert set(described) == {*trio_socketserver.__all__, "StreamReader", "StreamWriter"}
+
+
+def test_reference_covers_the_command() -> None:
+    (rows,) = rst_tables("reference.rst", "The command").values()
+    listed = {option for cell, _ in rows for option in re.findall(r"--?[a-z][a-z-]*", cell)}
+    parser = make_parser()
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert listed == known - {"-h", "--help"}
+    meanings = {re.findall(r"--[\w-]+", cell)[0]: meaning for cell, meaning in rows}
+    assert f"without it ``{DEFAULT_BIND}``" in meanings["--bind"]
+    assert f"without it {GRACEFUL_TIMEOUT:g}" in meanings["--graceful-timeout"]
+    dispatch = next(a for a in parser._actions if a.dest == "dispatch")
+    assert "{" + ",".join(map(str, dispatch.choices or [])) + "}" in str(rows)
+    assert dispatch.default == "nursery"
+
+
+@pytest.mark.parametrize(
+    ("document", "phrase"),
+    [
+        ("structured.rst", f"takes at most {BATCH} requests per wake-up"),
+        ("differences.rst", f"arrived together, {BATCH} requests at most"),
+        ("structured.rst", f"for {BACK_OFF_FIRST * 1000:g} ms at first"),
+        ("structured.rst", f"up to {BACK_OFF_LIMIT:g} s"),
+        ("handlers.rst", f"only at every {LINES_IN_A_ROW}th"),
+        ("handlers.rst", {1: "gets one second for its first line"}[FIRST_LINE_GRACE]),
+        ("handlers.rst", f"``max_line_size`` ({MAX_LINE_SIZE >> 20} MiB)"),
+        ("handlers.rst", f"until there are {WRITE_BUFFER_SIZE >> 10} KiB"),
+        ("differences.rst", f"it means {RECEIVE_SIZE >> 10} KiB here"),
+        ("differences.rst", f"make it {GRACEFUL_TIMEOUT:g} s where it is infinite"),
+    ],
+)
+def test_numbers_in_prose(document: str, phrase: str) -> None:
+    assert phrase in " ".join((ROOT / "docs" / document).read_text().split())
+
+
+def test_changelog_and_paths() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## \[([^]]+)\]", changelog, re.MULTILINE)[0] == version
+    for path in re.findall(r"`((?:docs|examples)/[\w./]*|LICENSE)`", README.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+# -- the picture ---------------------------------------------------------------------------
+
+
+def load_picture() -> Any:
+    path = ROOT / "docs" / "_extensions" / "loop_picture.py"
+    spec = importlib.util.spec_from_file_location("loop_picture", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_picture_shows_every_transition() -> None:
+    picture = load_picture()
+    svg = ET.fromstring(picture.draw())
+    texts = [element.text for element in svg.iter("text")]
+    assert [text for text in texts if text in LoopState.__members__] == [
+        state.name for state in LoopState
+    ]
+    moves = {(a, b) for (a, _), b in TRANSITIONS.items() if a is not b}
+    assert len(list(svg.iter("path"))) == len(list(svg.iter("polygon"))) == len(moves)
+    captions = [
+        line
+        for move in moves
+        for (state, event), target in TRANSITIONS.items()
+        if (state, target) == move
+        for line in picture.CAPTIONS[event]
+    ]
+    drawn = [
+        element.text for element in svg.iter("text") if element.get("class") == "event"
+    ]
+    assert sorted(drawn) == sorted(captions)
+    loops = [
+        element.text for element in svg.iter("text") if element.get("class") == "stays"
+    ]
+    stays = [(s, e) for (s, e), target in TRANSITIONS.items() if s is target]
+    assert sum(text.count(",") + 1 for text in loops) == len(stays)
+
+
+def test_picture_follows_the_table() -> None:
+    """It is drawn from what it is given: without a transition, without its arrow."""
+    picture = load_picture()
+    fewer = dict(TRANSITIONS)
+    del fewer[LoopState.FRESH, LoopEvent.STOP]
+    whole, less = (
+        len(list(ET.fromstring(picture.draw(table)).iter("path")))
+        for table in (TRANSITIONS, fewer)
+    )
+    assert less == whole - 1
+
+
+def test_table_under_the_picture() -> None:
+    lines = load_picture().tabulate()
+    cells = [line.partition("- ")[2] for line in lines if "- " in line][
+        1 + len(LoopEvent) :
+    ]
+    for state in LoopState:
+        first, *targets = cells[: 1 + len(LoopEvent)]
+        del cells[: 1 + len(LoopEvent)]
+        assert first.startswith(f"**{state.name}**")
+        for event, shown in zip(LoopEvent, targets, strict=True):
+            target = TRANSITIONS.get((state, event))
+            assert shown == ("error" if target is None else target.name)
+    assert not cells

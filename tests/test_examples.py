@@ -1,0 +1,400 @@
+"""The examples are whole programs: each is run as one, with clients of another make."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import logging.handlers
+import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers import (
+    connect,
+    line_of,
+    printed_address,
+    receive_to_end,
+    receive_until_closed,
+    running,
+)
+
+from trio_socketserver import NurseryTCPServer
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def example(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    with running(str(FOLDER / name), *arguments) as process:
+        yield process
+
+
+def end(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> str:
+    """Stop an example by a signal; return what it has printed since it was last read."""
+    process.send_signal(number)
+    return end_of(process)
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """Wait until an example that has got its signal ends; return what it still prints."""
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    return out
+
+
+class Client:
+    """A plain client of lines."""
+
+    def __init__(self, address: Any) -> None:
+        self.sock = connect(address)
+        self.file = self.sock.makefile("rb")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.file.close()
+        self.sock.close()
+
+    def say(self, line: bytes) -> None:
+        self.sock.sendall(line + b"\n")
+
+    def hear(self) -> bytes:
+        """Return the next line without its end; nothing at the end of the stream."""
+        return self.file.readline().rstrip(b"\r\n")
+
+    def hear_until(self, line: bytes) -> list[bytes]:
+        """Return the lines that come before *line*, which must come."""
+        before = []
+        while (heard := self.hear()) != line:
+            assert heard, before
+            before.append(heard)
+        return before
+
+
+# -- all of them ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_explains_itself(path):
+    source = path.read_text()
+    tree = ast.parse(source)
+    assert source.count("\n") < 80
+    assert f"\n    python examples/{path.name} " in (ast.get_docstring(tree) or "")
+    last = tree.body[-1]
+    assert isinstance(last, ast.If)
+    assert ast.unparse(last.test) == "__name__ == '__main__'"
+    assert f'example("{path.name}"' in Path(__file__).read_text()
+
+
+def tried_commands(name: str, address: tuple[str, int]) -> Iterator[str]:
+    """Yield the Python commands in an example's docstring, sent to *address*."""
+    docstring = ast.get_docstring(ast.parse((FOLDER / name).read_text())) or ""
+    found = re.findall(r'^ *(python -c ".*?")$', docstring, re.MULTILINE | re.DOTALL)
+    for command in found:
+        assert re.search(r"\b(9999|5514)\b", command)
+        yield re.sub(r"\b(9999|5514)\b", str(address[1]), command).replace(
+            "python", shlex.quote(sys.executable), 1
+        )
+
+
+def answers(name: str, address: tuple[str, int]) -> list[str]:
+    """Run the Python commands in an example's docstring; return what they print."""
+    return [
+        subprocess.run(
+            command, shell=True, capture_output=True, check=True, text=True, timeout=20
+        ).stdout
+        for command in tried_commands(name, address)
+    ]
+
+
+# -- echo_server.py ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_echo_server(number):
+    with (
+        example("echo_server.py", "0") as process,
+        Client(address := printed_address(line_of(process))) as first,
+        Client(address) as second,
+    ):
+        for client in (first, second, first):
+            client.say(b"hello")
+            assert client.hear() == b"hello"
+        assert answers("echo_server.py", address) == ["b'hello\\n'\n"]
+        process.send_signal(number)
+        assert first.hear() == second.hear() == b""
+        assert end_of(process) == "3 clients served\n"
+
+
+# -- chat_room.py --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def visitor(address: Any, name: bytes) -> Iterator[Client]:
+    """Enter the chat room, and wait until everybody has been told."""
+    with Client(address) as client:
+        assert client.file.read(len(b"your name? ")) == b"your name? "
+        client.say(name)
+        assert client.hear() == b"* %b is here" % name
+        yield client
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_chat_room_says_goodbye_to_everybody(number):
+    with (
+        example("chat_room.py", "0") as process,
+        visitor(address := printed_address(line_of(process)), b"ann") as ann,
+        visitor(address, b"bob") as bob,
+    ):
+        bob.say(b"hello")
+        assert ann.hear_until(b"bob: hello") == [b"* bob is here"]
+        assert bob.hear_until(b"bob: hello") == []
+        with visitor(address, b"cid"):
+            assert ann.hear() == b"* cid is here"
+        assert ann.hear() == b"* cid has left"
+        process.send_signal(number)
+        for client in (ann, bob):
+            client.hear_until(b"* the room closes, goodbye")
+            assert client.hear() == b""
+        assert end_of(process) == ""
+
+
+def test_chat_room_drops_who_does_not_read():
+    block = b"x" * 900
+    with (
+        example("chat_room.py", "0") as process,
+        visitor(address := printed_address(line_of(process)), b"slow") as slow,
+        visitor(address, b"fast") as fast,
+    ):
+        # What the kernel holds for the slow one is bounded: some megabytes at most.
+        for _ in range(40_000):
+            fast.say(block)
+            heard = fast.hear()
+            if heard == b"* slow has left":
+                break
+            assert heard == b"fast: " + block
+        else:
+            pytest.fail("the slow reader has not been dropped")
+        *whole, _last = slow.file.read().split(b"\r\n")
+        assert set(whole) == {b"* fast is here", b"fast: " + block}
+        assert end(process) == ""
+
+
+def test_chat_room_outlives_a_line_without_end():
+    with (
+        example("chat_room.py", "0") as process,
+        visitor(address := printed_address(line_of(process)), b"ann") as ann,
+        visitor(address, b"bob") as bob,
+    ):
+        bob.sock.sendall(bytes(2000))
+        ann.hear_until(b"* bob has left")
+        ann.say(b"still here")
+        assert ann.hear() == b"ann: still here"
+        assert end(process) == ""
+
+
+# -- syslog_collector.py -------------------------------------------------------------------
+
+
+def test_syslog_collector_and_the_logging_module():
+    with example("syslog_collector.py", "0") as process:
+        address = printed_address(line_of(process))
+        handler = logging.handlers.SysLogHandler(address)
+        logger = logging.getLogger("test_examples")
+        logger.addHandler(handler)
+        logger.warning("disk %d %% full", 99)
+        assert line_of(process) == "127.0.0.1 warning: disk 99 % full\n"
+        logger.critical("grüße\nof two lines")
+        assert line_of(process) == "127.0.0.1 crit: grüße\\nof two lines\n"
+        logger.removeHandler(handler)
+        handler.close()
+        assert answers("syslog_collector.py", address) == [""]
+        assert line_of(process) == "127.0.0.1 err: disk full\n"
+        assert end(process) == "1 warning, 1 crit, 1 err\n"
+
+
+@pytest.mark.skipif(shutil.which("logger") is None, reason="there is no logger program")
+def test_syslog_collector_and_the_logger_program():
+    with example("syslog_collector.py", "0") as process:
+        host, port = printed_address(line_of(process))
+        command = ["logger", "--udp", "--server", host, "--port", str(port)]
+        subprocess.run([*command, "-p", "mail.err", "no route"], check=True, timeout=20)
+        assert re.fullmatch(r"127\.0\.0\.1 err: .*no route\n", line_of(process))
+        assert end(process, signal.SIGINT) == "1 err\n"
+
+
+def test_syslog_collector_takes_anything():
+    shown = {
+        b"": "notice: ",
+        b"no priority": "notice: no priority",
+        b"<191>largest": "debug: largest",
+        b"<192>too large": "notice: <192>too large",
+        b"<99999999999>far too large": "notice: <99999999999>far too large",
+        b"<3\xb2>not a digit": "notice: <3\\xb2>not a digit",
+        b"<0>\xff\xfe": "emerg: \\xff\\xfe",
+        b"<13>a\n127.0.0.1 emerg: faked": "notice: a\\n127.0.0.1 emerg: faked",
+        b"<13>\x1b[31mred\x07": "notice: \\x1b[31mred\\x07",
+        b"<13>" + b"x" * 60_000: "notice: " + "x" * 60_000,
+    }
+    with (
+        example("syslog_collector.py", "0") as process,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        client.connect(printed_address(line_of(process)))
+        for datagram, line in shown.items():
+            client.send(datagram)
+            assert line_of(process) == f"127.0.0.1 {line}\n"
+        assert end(process) == "8 notice, 1 debug, 1 emerg\n"
+
+
+# -- several_servers.py --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_several_servers_share_the_votes(number, tmp_path):
+    path = str(tmp_path / "votes")
+
+    def result() -> bytes:
+        with connect(path) as client:
+            return receive_until_closed(client)
+
+    with example("several_servers.py", "0", path) as process:
+        printed = dict(line_of(process).split(" ", 1) for _ in range(3))
+        addresses = {name: ast.literal_eval(text) for name, text in printed.items()}
+        assert addresses["NurseryUnixStreamServer"] == path
+        assert result() == b""
+        with Client(addresses["NurseryTCPServer"]) as by_line:
+            for choice in (b"tea", b"coffee", b"tea"):
+                by_line.say(choice)
+                assert by_line.hear() == b"thank you"
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as by_datagram:
+                by_datagram.settimeout(5)
+                by_datagram.sendto(b"tea\n", addresses["NurseryUDPServer"])
+                assert by_datagram.recv(100) == b"thank you\n"
+            assert result() == b"3 tea\n1 coffee\n"
+            process.send_signal(number)
+            assert by_line.hear() == b""
+        assert end_of(process) == ""
+    assert not list(tmp_path.iterdir())
+
+
+# -- framed_protocol.py --------------------------------------------------------------------
+
+LENGTH = struct.Struct("!I")
+
+
+def frame(data: bytes) -> bytes:
+    return LENGTH.pack(len(data)) + data
+
+
+@pytest.fixture
+def digests() -> Iterator[tuple[subprocess.Popen[str], Client]]:
+    with (
+        example("framed_protocol.py", "0") as process,
+        Client(printed_address(line_of(process))) as client,
+    ):
+        yield process, client
+
+
+def receive_frame(client: Client) -> bytes:
+    (size,) = LENGTH.unpack(client.file.read(LENGTH.size))
+    return client.file.read(size)
+
+
+def test_framed_protocol(digests):
+    process, client = digests
+    for data in (b"hello", b"", bytes(1024 * 1024)):
+        client.sock.sendall(frame(data))
+        assert receive_frame(client) == hashlib.sha256(data).digest()
+    two = frame(b"one") + frame(b"two")
+    for n in range(len(two)):
+        client.sock.send(two[n : n + 1])
+    assert receive_frame(client) == hashlib.sha256(b"one").digest()
+    assert receive_frame(client) == hashlib.sha256(b"two").digest()
+    (printed,) = answers("framed_protocol.py", client.sock.getpeername())
+    assert ast.literal_eval(printed) == frame(hashlib.sha256(b"hello").digest())
+    assert end(process) == ""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_framed_protocol_sends_idle_clients_away(digests, number):
+    process, client = digests
+    with Client(client.sock.getpeername()) as busy:
+        client.sock.sendall(frame(b"one"))
+        receive_frame(client)
+        busy.sock.sendall(LENGTH.pack(5) + b"he")
+        # The busy one has been taken note of when another client has been served since.
+        with Client(client.sock.getpeername()) as third:
+            third.sock.sendall(frame(b"three"))
+            receive_frame(third)
+        process.send_signal(number)
+        assert client.file.read() == b""
+        busy.sock.sendall(b"llo")
+        assert receive_frame(busy) == hashlib.sha256(b"hello").digest()
+        assert busy.file.read() == b""
+        assert end_of(process) == ""
+
+
+def test_framed_protocol_refuses_a_large_frame(digests):
+    process, client = digests
+    client.sock.sendall(LENGTH.pack(1024 * 1024 + 1))
+    assert receive_frame(client) == b"error: a frame may have 1048576 bytes, not 1048577"
+    assert client.file.read() == b""
+    assert end(process) == ""
+
+
+async def test_framed_protocol_does_not_wait_for_ever(autojump_clock):
+    spec = importlib.util.spec_from_file_location("framed", FOLDER / "framed_protocol.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    async with NurseryTCPServer(("127.0.0.1", 0), module.Digests) as server:
+        with connect(server.server_address) as client:
+            client.sendall(LENGTH.pack(5) + b"hell")
+            await server.handle_request()
+            await trio.sleep(10.1)
+            expected = frame(b"error: a frame must be complete within 10 s")
+            assert await receive_to_end(client) == expected
+        await server.server_close()
+    assert server.statistics().completed == 1
+
+
+@pytest.mark.parametrize("data", [b"\0\0", LENGTH.pack(5), LENGTH.pack(5) + b"hell"])
+def test_framed_protocol_and_a_stream_that_ends_inside_a_frame(digests, data):
+    process, client = digests
+    client.sock.sendall(data)
+    client.sock.shutdown(socket.SHUT_WR)
+    assert client.file.read() == b""
+    assert end(process) == ""  # The peer's fault: no traceback.
+
+
+# -- access_control.py ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("networks", "reply"), [((), b""), (("127.0.0.0/8", "::1/128"), b"you are number 2\n")]
+)
+def test_access_control(networks, reply):
+    with example("access_control.py", "0", *networks) as process:
+        address = printed_address(line_of(process))
+        with connect(address) as client:
+            assert receive_until_closed(client) == b"you are number 1\n"
+        with socket.create_connection(address, 5, ("127.0.0.2", 0)) as client:
+            assert receive_until_closed(client) == reply
+        n = 2 if reply else 1
+        assert end(process) == f"{n} clients served, {2 - n} rejected\n"
