@@ -130,8 +130,7 @@ class StreamRequestHandler(BaseRequestHandler):
         if isinstance(self.connection, StreamSocket):
             if self.timeout is not None:
                 self.connection.settimeout(self.timeout)
-            family = self.connection.socket.family
-            if self.disable_nagle_algorithm and family != getattr(socket, "AF_UNIX", None):
+            if self.disable_nagle_algorithm and _has_nagle(self.connection):
                 self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         drain = getattr(self.server, "_drain", None)
         self.rfile = _files.StreamReader(
@@ -189,6 +188,10 @@ class DatagramRequestHandler(BaseRequestHandler):
             return False
         reply = self.wfile.getvalue() if self._handled else b""
         return not reply or self.socket.sendto_now(reply, self.client_address)
+
+
+def _has_nagle(connection: StreamSocket) -> bool:
+    return connection.socket.family != getattr(socket, "AF_UNIX", None)
 
 
 class HandlerKind(enum.Enum):

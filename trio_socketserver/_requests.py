@@ -13,8 +13,8 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -120,7 +120,20 @@ class RequestNursery:
 
     def enter_request(self) -> None:
         """Mark the current task, and those it starts, as a part of a request."""
-        _surrounding.set((*_surrounding.get(), self))
+        if not self.is_current():
+            _surrounding.set((*_surrounding.get(), self))
+
+    @contextmanager
+    def surrounding(self) -> Generator[None]:
+        """Mark the current task for the length of the block, and those it starts.
+
+        For the loop: its requests' tasks inherit the mark, and need not set it each.
+        """
+        token = _surrounding.set((*_surrounding.get(), self))
+        try:
+            yield
+        finally:
+            _surrounding.reset(token)
 
     def is_current(self) -> bool:
         """Tell whether the caller is a part of one of these requests."""

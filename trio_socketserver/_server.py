@@ -254,7 +254,7 @@ class BaseServer:
         requests.ask_to_close()
         if not self._loop.active:
             self._stop_listening()
-        if requests.is_current() or self._loop.is_current_task():
+        if requests.is_current():
             await trio.lowlevel.cancel_shielded_checkpoint()
         else:
             await requests.wait_closed()
@@ -339,7 +339,7 @@ class BaseServer:
                     if not scope.cancel_called:
                         self._prepare_listener()
                     task_status.started(self.server_address)
-                    with scope:
+                    with scope, requests.surrounding():
                         await body()
                 finally:
                     # Before the requests are joined: shutdown() does not wait for them.

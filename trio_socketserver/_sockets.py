@@ -149,7 +149,9 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     __slots__ = ("__weakref__", "_eof_sent", "_sending", "_timeout", "_waiting")
 
     def __init__(self, sock: socketlib.socket) -> None:
-        if sock.type != socketlib.SOCK_STREAM or sock.gettimeout() != 0:
+        # The class above Python's knows the type without making an enum of it.
+        kind = super(socketlib.socket, sock).type
+        if kind != socketlib.SOCK_STREAM or sock.gettimeout() != 0:
             raise ValueError(f"not a non-blocking stream socket: {sock!r}")
         self._sock = sock
         self._sending = False
