@@ -109,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="HOW",
         choices=["sequential", "nursery"],
         default="nursery",
-        help="%(choices)s: one request at a time, or a task for each (default: %(default)s)",
+        help="%(choices)s: one by one, or a task for each (default: %(default)s)",
     )
     parser.add_argument(
         "--max-requests-at-once",
@@ -216,8 +216,8 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         server: BaseServer = server_class(address, handler)
     except TypeError as error:
         raise UsageError(str(error)) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UsageError(f"cannot bind {options.bind}: {reason}") from error
     return server
 

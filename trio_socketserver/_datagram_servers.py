@@ -93,7 +93,7 @@ class UDPServer(TCPServer):
     async def close_request(self, request: Any) -> None:
         """Do nothing: a datagram has nothing to close. No checkpoint."""
 
-    def _closes_at_once(self, request: Any) -> bool:
+    def _close_at_once(self, request: Any) -> bool:
         return (
             getattr(self.shutdown_request, "__func__", None) is _shutdown_request
             and getattr(self.close_request, "__func__", None) is _close_request

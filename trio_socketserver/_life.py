@@ -72,8 +72,14 @@ class Host(Protocol):
     async def handle_error(self, request: Any, client_address: Any) -> None:
         """Report an error."""
 
-    def _closes_at_once(self, request: Any) -> bool:
-        """Tell whether `shutdown_request()` cannot wait, and so needs no shield."""
+    def _close_at_once(self, request: Any) -> bool:
+        """Do what `shutdown_request()` would do, if it is known not to wait.
+
+        It spares the request a shielded scope.
+
+        Returns:
+            Whether it is done. If not, `shutdown_request()` is called.
+        """
 
     def _abort(self, request: Any) -> None:
         """Close at once what `shutdown_request()` has left open."""
@@ -116,9 +122,7 @@ async def _close(server: Host, life: Life) -> None:
         return
     closed = False
     try:
-        if server._closes_at_once(life.request):
-            await server.shutdown_request(life.request)
-        else:
+        if not server._close_at_once(life.request):
             deadline = trio.current_time() + server.cleanup_timeout
             with trio.CancelScope(deadline=deadline, shield=True) as scope:
                 await server.shutdown_request(life.request)

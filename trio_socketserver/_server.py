@@ -464,8 +464,8 @@ class BaseServer:
         self._requests.enter_request()
         return self.finish_request(life.request, life.client_address)
 
-    def _closes_at_once(self, request: Any) -> bool:
-        """Tell whether `shutdown_request()` cannot wait, and so needs no shield."""
+    def _close_at_once(self, request: Any) -> bool:
+        """Do what `shutdown_request()` would do, if it is known not to wait."""
         return False
 
     def _abort(self, request: Any) -> None:

@@ -186,12 +186,16 @@ class TCPServer(BaseServer):
         else:
             await request.aclose()
 
-    def _closes_at_once(self, request: Any) -> bool:
-        return (
-            type(request) is StreamSocket
-            and getattr(self.shutdown_request, "__func__", None) is _shutdown_request
-            and getattr(self.close_request, "__func__", None) is _close_request
-        )
+    def _close_at_once(self, request: Any) -> bool:
+        if (
+            type(request) is not StreamSocket
+            or getattr(self.shutdown_request, "__func__", None) is not _shutdown_request
+            or getattr(self.close_request, "__func__", None) is not _close_request
+        ):
+            return False
+        request.shutdown_now()
+        request.close_now()
+        return True
 
     def _abort(self, request: Any) -> None:
         if isinstance(request, StreamSocket):
