@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import trio
 import trio.testing
 
@@ -95,6 +96,19 @@ def datagram_client(server: Any, folder: Path | None = None) -> socket.socket:
         sock.bind("" if folder is None else bind_address(type(server), folder))
     sock.connect(server.server_address)
     return sock
+
+
+def has_ipv6() -> bool:
+    """Tell whether this machine has the local IPv6 address; many containers have not."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 
 
 def close_with_reset(sock: socket.socket) -> None:

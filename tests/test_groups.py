@@ -259,6 +259,39 @@ async def test_no_cancellation_of_the_nurserys_own_leaks_out() -> None:
     assert leaves(caught.value) == {ValueError, KeyError}
 
 
+async def idle_nursery() -> None:
+    """Be a body with a nursery of its own, in which nothing goes wrong."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.sleep_forever)
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("error", [ValueError("alone"), KeyboardInterrupt()], ids=repr)
+async def test_a_tasks_error_is_raised_bare_whatever_the_body_does(
+    error: BaseException,
+) -> None:
+    with trio.fail_after(5), pytest.raises(type(error)) as caught:
+        await in_nursery(idle_nursery, crash(error), idle_nursery)
+    assert caught.value is error
+
+
+async def test_the_bodys_group_beside_a_cancellation_stays_a_group() -> None:
+    error = ValueError("the user's")
+
+    async def body() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            nursery.start_soon(crash_when_cancelled(error))
+            await wait_all_tasks_blocked()
+            scope.cancel()
+
+    scope = trio.CancelScope()
+    with trio.fail_after(5), pytest.raises(ExceptionGroup) as caught, scope:
+        await in_nursery(body)
+    # It is the group that the user's own nursery makes.
+    assert caught.value.exceptions == (error,)
+
+
 async def test_a_cancellation_from_outside_reaches_its_scope_through_a_group() -> None:
     async def body() -> None:
         async with trio.open_nursery() as nursery:

@@ -575,6 +575,26 @@ async def test_cancelling_the_body_calls_server_close_too(autojump_clock: Any) -
 
 
 @bounded
+async def test_what_the_body_raises_counts_more_than_a_cancelled_server_close(
+    autojump_clock: Any,
+) -> None:
+    class Server(NurseryTCPServer):
+        async def server_close(self) -> None:
+            await super().server_close()
+
+    async def use(server: Any) -> None:
+        with trio.CancelScope() as hard:
+            async with server:
+                hard.cancel()
+                raise LookupError("the body's")
+
+    server = Server(LOOPBACK, echo_all)
+    with pytest.raises(LookupError, match="the body's"):
+        await use(server)
+    assert server.fileno() == -1
+
+
+@bounded
 async def test_a_server_close_that_fails_leaves_nothing_open(autojump_clock: Any) -> None:
     class Server(NurseryTCPServer):
         async def server_close(self) -> None:
@@ -1050,6 +1070,31 @@ async def test_get_request_that_reports_a_shortage_makes_the_loop_back_off(
     assert waits == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1])
     assert server.statistics().accept_errors == 9
     assert len(caplog.records) == 1
+
+
+@bounded
+async def test_a_success_ends_the_back_off(
+    autojump_clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = []
+
+    class Server(TCPServer):
+        async def get_request(self) -> tuple[Any, Any]:
+            attempts.append(trio.current_time())
+            if len(attempts) in (1, 2, 3, 5, 6):
+                raise OSError(errno.EMFILE, "out of descriptors")
+            return await super().get_request()
+
+    server = Server(LOOPBACK, echo_all)
+    with pose(server, b"one") as one, pose(server, b"two") as two:
+        async with server, trio.open_nursery() as nursery:
+            await nursery.start(server.serve_forever)
+            assert await answer(one) == b"one"
+            assert await answer(two) == b"two"
+            await server.shutdown()
+    waits = [later - earlier for earlier, later in itertools.pairwise(attempts[:7])]
+    assert waits == pytest.approx([0.01, 0.02, 0.04, 0, 0.01, 0.02])
+    assert len(caplog.records) == 2, "one line per episode"
 
 
 # -- service_actions -----------------------------------------------------------------------

@@ -107,7 +107,6 @@ class Steps(trio.abc.Instrument):
 
 
 @each_server
-@bounded
 async def test_promise_1_an_idle_server_makes_no_wake_ups(
     server_class: type[Any], tmp_path: Path, mock_clock: trio.testing.MockClock
 ) -> None:
@@ -128,7 +127,6 @@ async def test_promise_1_an_idle_server_makes_no_wake_ups(
         await server.shutdown()
 
 
-@bounded
 async def test_promise_1_idle_connections_make_no_wake_ups(
     mock_clock: trio.testing.MockClock,
 ) -> None:
@@ -700,7 +698,7 @@ async def test_promise_3_finish_is_cut_after_cleanup_timeout(
                 await trio.sleep_forever()
 
         async def finish(self) -> None:
-            await trio.sleep_forever()
+            await trio.sleep(1000)
 
     server = server_class(bind_address(server_class, tmp_path), Handler)
     server.cleanup_timeout = 7
@@ -730,7 +728,7 @@ async def test_promise_3_closing_is_cut_after_cleanup_timeout(
         cleanup_timeout = 7
 
         async def shutdown_request(self, request: Any) -> None:
-            await trio.sleep_forever()
+            await trio.sleep(1000)
 
     server = Hanging(bind_address(server_class, tmp_path), do_nothing)
     start = trio.current_time()
@@ -1440,7 +1438,7 @@ async def test_promise_7_a_peer_is_blamed_once(
 ) -> None:
     class Server(NurseryTCPServer):
         async def shutdown_request(self, request: Any) -> None:
-            await trio.sleep_forever()
+            await trio.sleep(1000)
 
     async def handler(request: Any, client_address: Any, server: Any) -> None:
         raise ConnectionResetError
@@ -1550,6 +1548,32 @@ async def test_promise_8_a_listener_closed_behind_its_back_propagates(
                     await getattr(server, method)()
     server.socket.close()
     assert not limit.cancelled_caught
+
+
+@each_server
+@bounded
+async def test_promise_8_a_listener_closed_by_server_close_is_no_error(
+    server_class: type[Any], tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Slow(server_class):  # type: ignore[misc]
+        cleanup_timeout = 1
+
+        async def get_request(self) -> tuple[Any, Any]:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(10)
+            return await super().get_request()
+
+    server = Slow(bind_address(server_class, tmp_path), do_nothing)
+    start = trio.current_time()
+    with knock(server):
+        async with server, trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve_forever)
+            await trio.testing.wait_all_tasks_blocked()
+            await server.server_close()
+            assert trio.current_time() - start == pytest.approx(1)
+            assert server.fileno() == -1
+    assert trio.current_time() - start == pytest.approx(10)
+    assert server.statistics().accepted == server.statistics().accept_errors == 0
 
 
 def body_errors() -> list[BaseException]:

@@ -450,6 +450,17 @@ async def test_shutdown_before_entering_is_remembered(autojump_clock: Any) -> No
 
 
 @bounded
+async def test_shutdown_is_remembered_until_the_server_is_left(autojump_clock: Any) -> None:
+    server = TCPServer(LOOPBACK, echo_all)
+    async with server:
+        await server.shutdown()
+    server.socket = socket.create_server(LOOPBACK)
+    server.server_address = server.socket.getsockname()
+    async with serving(server):
+        assert await ask(server, b"ping") == b"ping"
+
+
+@bounded
 async def test_shutdown_is_remembered_for_handle_request_too(autojump_clock: Any) -> None:
     server = TCPServer(LOOPBACK, echo_all)
     with pose(server, b"ping") as client:

@@ -396,9 +396,10 @@ class HalfClosing(BaseRequestHandler):
     async def handle(self) -> None:
         await self.request.sendall(b"your turn")
         await self.request.shutdown(socket.SHUT_WR)
-        self.server.heard = b""
+        heard = b""
         while data := await self.request.recv(1000):
-            self.server.heard += data
+            heard += data
+        self.server.heard = heard
 
 
 class Large(StreamRequestHandler):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import textwrap
+from collections.abc import Iterator
 from typing import Final
 
 from ._exceptions import is_peer_fault
@@ -28,7 +29,16 @@ def log(level: int, message: str, *args: object, error: Exception | None = None)
 def log_error(error: Exception, what: str, *args: object) -> None:
     """Log an error: a traceback for our fault, one quiet line for the peer's."""
     if is_peer_fault(error):
-        text = textwrap.shorten(str(error), LINE_LIMIT)
-        log(logging.INFO, f"{what}: %s: %s", *args, type(error).__name__, text)
+        text = "; ".join(_descriptions(error))
+        log(logging.INFO, f"{what}: %s", *args, textwrap.shorten(text, LINE_LIMIT))
     else:
         log(logging.ERROR, what, *args, error=error)
+
+
+def _descriptions(error: BaseException) -> Iterator[str]:
+    """Describe an error; of a group, each of its leaves."""
+    if isinstance(error, BaseExceptionGroup):
+        for leaf in error.exceptions:
+            yield from _descriptions(leaf)
+    else:
+        yield f"{type(error).__name__}: {error}"
