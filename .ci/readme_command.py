@@ -6,7 +6,8 @@ import sys
 path, heading = sys.argv[1:]
 with open(path) as file:
     text = file.read()
-match = re.search(rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```", text, re.M | re.S)
+match = re.search(
+    rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+)
 if match is None:
     sys.exit(f"{path} has no shell block under {heading!r}")
-print(match[1])
