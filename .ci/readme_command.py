@@ -6,8 +6,7 @@ import sys
 path, heading = sys.argv[1:]
 with open(path) as file:
     text = file.read()
-match = re.search(
-    rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL
-)
+pattern = rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```"
+match = re.search(pattern, text, re.MULTILINE | re.DOTALL)
 if match is None:
     sys.exit(f"{path} has no shell block under {heading!r}")

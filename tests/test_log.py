@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+
 from trio_socketserver._exceptions import ConnectionBroken, IncompleteRead
 from trio_socketserver._log import LINE_LIMIT, log, log_error
 
