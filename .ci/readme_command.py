@@ -10,3 +10,4 @@ pattern = rf"^#+ {re.escape(heading)}$.*?^```sh\n(.*?)^```"
 match = re.search(pattern, text, re.MULTILINE | re.DOTALL)
 if match is None:
     sys.exit(f"{path} has no shell block under {heading!r}")
+print(match[1].strip())

@@ -266,6 +266,19 @@ def test_a_handler_of_the_standard_library_cannot_be_mixed_in() -> None:
         type("Mixed", (Old, StreamRequestHandler), {})
 
 
+@pytest.mark.parametrize("base", [BaseRequestHandler, BaseServer])
+def test_other_classes_may_have_their_say_about_a_subclass(base: type) -> None:
+    seen = []
+
+    class Registered:
+        def __init_subclass__(cls, *, name: str) -> None:
+            super().__init_subclass__()
+            seen.append(name)
+
+    type("Mine", (base, Registered), {}, name="mine")
+    assert seen == ["mine"]
+
+
 # -- the colour of a server's hooks -----------------------------------------------------
 
 PLAIN = ("fileno", "server_bind", "server_activate")

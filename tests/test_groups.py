@@ -44,6 +44,16 @@ def crash_when_cancelled(error: BaseException) -> Task:
     return task
 
 
+def crash_after_the_body(error: BaseException) -> Task:
+    """Return a task that fails with *error* when nothing else happens any more."""
+
+    async def task() -> None:
+        await wait_all_tasks_blocked()
+        raise error
+
+    return task
+
+
 async def cancelled() -> BaseException:
     """Return what a cancellation raises."""
     caught: list[BaseException] = []
@@ -154,6 +164,13 @@ async def test_a_tasks_error_is_raised_bare(error: BaseException) -> None:
     assert caught.value is error
     assert cancelled == [True, True]
     assert error.__context__ is None
+
+
+async def test_a_tasks_error_after_the_body_is_raised_bare() -> None:
+    error = ValueError("late")
+    with pytest.raises(ValueError, match="late") as caught:
+        await in_nursery(trio.lowlevel.checkpoint, crash_after_the_body(error))
+    assert caught.value is error
 
 
 async def test_a_tasks_error_keeps_its_history() -> None:

@@ -1188,6 +1188,24 @@ async def test_service_actions_while_the_server_is_full(
     assert server.statistics().accepted == 1
 
 
+@pytest.mark.parametrize("server_class", [TCPServer, UDPServer], ids=class_name)
+@bounded
+async def test_a_request_does_not_delay_service_actions(
+    autojump_clock: Any, server_class: Any
+) -> None:
+    async def park(request: Any, client_address: Any, server: Any) -> None:
+        await trio.sleep(1)
+
+    server = ticking(server_class)(LOOPBACK, park)
+    async with server, trio.open_nursery() as nursery:
+        await nursery.start(server.serve_forever)
+        await trio.sleep(0.75)
+        with pose(server, b"in between"):
+            await trio.sleep(1.5)
+            await server.shutdown()
+    assert server.ticks == [0.5, 1, 1.5, 2]
+
+
 @bounded
 async def test_service_actions_while_the_loop_backs_off(autojump_clock: Any) -> None:
     class Server(ticking(NurseryTCPServer)):
@@ -1254,6 +1272,30 @@ async def test_service_actions_assigned_to_the_instance(autojump_clock: Any) -> 
         with trio.move_on_after(1.25):
             await server.serve_forever()
     assert ticks == [0.5, 1]
+
+
+@pytest.mark.parametrize("hook", ["get_request", "verify_request", "process_request"])
+@bounded
+async def test_hooks_are_not_cut_short_by_any_interval(
+    autojump_clock: Any, hook: str
+) -> None:
+    async def slow(self: Any, *args: Any) -> Any:
+        await trio.sleep(10)
+        return await getattr(NurseryTCPServer, hook)(self, *args)
+
+    for server_class in (ticking(NurseryTCPServer), NurseryTCPServer):
+        server = type("Server", (server_class,), {hook: slow})(LOOPBACK, echo_all)
+        server.timeout = 1
+        began = trio.current_time()
+        with pose(server, b"ping") as client:
+            async with server, trio.open_nursery() as nursery:
+                if server_class is NurseryTCPServer:
+                    await server.handle_request()
+                else:
+                    await nursery.start(server.serve_forever)
+                assert await answer(client) == b"ping"
+                assert trio.current_time() == began + 10
+                nursery.cancel_scope.cancel()
 
 
 # -- taking requests over ------------------------------------------------------------------

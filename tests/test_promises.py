@@ -1303,7 +1303,7 @@ PEER_FAULTS = {
         InNursery,
         reset_after_line,
         {},
-        "ExceptionGroup",
+        "ConnectionBroken",
     ),
     "reset_while_we_flush": (WriteAtTheEnd, reset_after_line, {}, "ConnectionBroken"),
     "reset_mid_line_and_flush": (WriteAndRead, reset_mid_line, {}, "ConnectionBroken"),

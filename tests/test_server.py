@@ -449,6 +449,20 @@ async def test_shutdown_before_entering_is_remembered(autojump_clock: Any) -> No
     assert trio.current_time() == 0
 
 
+@entered_or_not
+@bounded
+async def test_a_remembered_shutdown_asks_nothing_of_the_listener(
+    autojump_clock: Any, entered: bool
+) -> None:
+    server = TCPServer(LOOPBACK, echo_all)
+    await server.shutdown()
+    server.socket.close()
+    async with entering(server, entered):
+        await server.serve_forever()
+        with pytest.raises(trio.ClosedResourceError):
+            await server.serve_forever()
+
+
 @bounded
 async def test_shutdown_is_remembered_until_the_server_is_left(autojump_clock: Any) -> None:
     server = TCPServer(LOOPBACK, echo_all)
