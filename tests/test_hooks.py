@@ -610,6 +610,25 @@ async def test_a_server_close_that_fails_leaves_nothing_open(autojump_clock: Any
     assert_sums_up(server)
 
 
+@bounded
+async def test_serving_alone_does_not_call_server_close(autojump_clock: Any) -> None:
+    calls = []
+
+    class Server(TCPServer):
+        async def server_close(self) -> None:
+            calls.append("called")
+            await super().server_close()
+
+    server = Server(LOOPBACK, echo_all)
+    with trio.move_on_after(1):
+        await server.serve_forever()
+    server.timeout = 1
+    await server.handle_request()
+    assert calls == []
+    await server.server_close()
+    assert calls == ["called"]
+
+
 # -- hooks that fail -----------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import bounded
-from trio.testing import Sequencer, wait_all_tasks_blocked
+from trio.testing import wait_all_tasks_blocked
 
 from trio_socketserver._requests import RequestNursery
 
@@ -309,55 +309,75 @@ async def test_opening_may_be_cancelled_at_any_moment(
 
 
 @bounded
-async def test_a_request_and_what_it_starts_are_known(autojump_clock: Any) -> None:
+async def test_a_request_and_what_it_starts_are_known() -> None:
     ours, other = Closing(), Closing()
     seen: dict[str, tuple[bool, bool]] = {}
-    sequence = Sequencer()
 
     def look(who: str) -> None:
         seen[who] = ours.requests.is_current(), other.requests.is_current()
 
-    async def child(who: str) -> None:
+    async def look_later(who: str) -> None:
+        await trio.lowlevel.checkpoint()
         look(who)
 
     async def request() -> None:
-        async with sequence(0):
-            look("before it has said so")
-            ours.requests.enter_request()
-            look("request")
+        look("before it has said so")
+        ours.requests.enter_request()
+        ours.requests.enter_request()
+        look("request")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(child, "its child")
-        outside.start_soon(child, "its child elsewhere")
+            nursery.start_soon(look_later, "its child")
+            nursery.start_soon(look_later, "another child")
+        outside.start_soon(look_later, "its child elsewhere")
         await trio.to_thread.run_sync(trio.from_thread.run_sync, look, "its thread")
         # A request of one server inside one of another is a part of both.
         other.requests.start_soon(inner_request, name="inner")
+        requested.set()
 
     async def inner_request() -> None:
         other.requests.enter_request()
-        look("inner request")
+        await look_later("inner request")
 
     async def sibling() -> None:
-        async with sequence(1):
-            look("sibling")
+        await requested.wait()
+        look("sibling")
 
-    real_clock_limit = trio.fail_after(20)
-    with real_clock_limit:
-        async with trio.open_nursery() as outside, ours.opened(), other.opened():
-            ours.requests.start_soon(request, name="request")
-            ours.requests.start_soon(sibling, name="sibling")
-            while len(seen) < 7:
-                await trio.lowlevel.checkpoint()
-            look("body")
+    requested = trio.Event()
+    async with trio.open_nursery() as outside, ours.opened(), other.opened():
+        ours.requests.start_soon(request, name="request")
+        ours.requests.start_soon(sibling, name="sibling")
+        await requested.wait()
+        look("body")
     assert seen == {
         "before it has said so": (False, False),
         "request": (True, False),
         "its child": (True, False),
+        "another child": (True, False),
         "its child elsewhere": (True, False),
         "its thread": (True, False),
         "inner request": (True, True),
         "sibling": (False, False),
         "body": (False, False),
     }
+
+
+@bounded
+async def test_a_loop_marks_what_it_starts_while_it_runs(autojump_clock: Any) -> None:
+    ours, other = Closing(), Closing()
+    seen: list[tuple[bool, bool]] = []
+
+    async def look() -> None:
+        await trio.lowlevel.checkpoint()
+        seen.append((ours.requests.is_current(), other.requests.is_current()))
+
+    async with trio.open_nursery() as nursery:
+        with ours.requests.surrounding():
+            nursery.start_soon(look)
+            with other.requests.surrounding():
+                await look()
+            await look()
+        await look()
+    assert sorted(seen) == [(False, False), (True, False), (True, False), (True, True)]
 
 
 @bounded

@@ -449,6 +449,19 @@ async def test_shutdown_before_entering_is_remembered(autojump_clock: Any) -> No
     assert trio.current_time() == 0
 
 
+@bounded
+async def test_shutdown_is_remembered_at_each_entering(autojump_clock: Any) -> None:
+    server = TCPServer(LOOPBACK, echo_all)
+    async with serving(server):
+        assert await ask(server, b"ping") == b"ping"
+    server.socket = socket.create_server(LOOPBACK)
+    server.server_address = server.socket.getsockname()
+    async with server:
+        await server.shutdown()
+        await server.serve_forever()
+    assert trio.current_time() == 0
+
+
 @entered_or_not
 @bounded
 async def test_a_remembered_shutdown_asks_nothing_of_the_listener(
@@ -1415,7 +1428,8 @@ async def test_handle_request_without_patience_nor_descriptors(autojump_clock: A
         async with server:
             with ExitStack() as stack:
                 while True:  # Until every number below the limit is taken.
-                    number = stack.enter_context(open(os.devnull)).fileno()
+                    number = os.open(os.devnull, os.O_RDONLY)
+                    stack.callback(os.close, number)
                     if number > max(client.fileno(), server.fileno()):
                         break
                 stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))

@@ -337,7 +337,7 @@ class Unbuffered(StreamRequestHandler):
 
     async def handle(self) -> None:
         await self.wfile.write(await self.rfile.readline())
-        await self.wfile.write(await self.request.recv(7, socket.MSG_WAITALL))
+        await self.wfile.write(await self.request.recv(1))
 
 
 class Greeting(StreamRequestHandler):
@@ -444,7 +444,7 @@ STREAM_SCRIPTS: dict[str, tuple[Any, list[Script]]] = {
     "peeking": (Peeking, [(b"a line\nBxyzline\nB1", HALF_CLOSE, END)]),
     "everything": (Everything, [(*LINES, BINARY, HALF_CLOSE, END), (HALF_CLOSE, END)]),
     "all_lines": (AllLines, [(*LINES, HALF_CLOSE, END)]),
-    "unbuffered": (Unbuffered, [(b"line\n1234567", END)]),
+    "unbuffered": (Unbuffered, [(b"line\n1", END)]),
     "greeting": (
         Greeting,
         [

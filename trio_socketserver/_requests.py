@@ -87,11 +87,7 @@ class RequestNursery:
                     self._close_asked.set()
                     # Bounded by its own shield.
                     await stop_accepting()  # noqa: ASYNC102
-                seconds = patience()
-                if seconds <= 0:
-                    self._inner.cancel_scope.cancel()
-                else:
-                    self._inner.cancel_scope.deadline = trio.current_time() + seconds
+                self._inner.cancel_scope.deadline = trio.current_time() + patience()
         except BaseException as error:
             self.crashed = not only_cancelled(error)
             raise

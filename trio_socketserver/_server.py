@@ -333,8 +333,6 @@ class BaseServer:
         try:
             async with self._entered() as requests:
                 try:
-                    if requests.closing:
-                        scope.cancel()  # Closed while the nursery was being opened.
                     self._accept_errors = AcceptErrors()
                     if not scope.cancel_called:
                         self._prepare_listener()
@@ -475,7 +473,7 @@ class BaseServer:
         """Count a request that has ended; whoever waits for room looks again."""
         counters, name = self._counters, life.outcome.value
         setattr(counters, name, getattr(counters, name) + 1)
-        if life.blames_peer and life.outcome is Outcome.FAILED:
+        if life.blames_peer:
             counters.peer_errors += 1
         if self._room is not None:
             self._room.set()

@@ -284,7 +284,13 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         return await self._call(self._wait_readable, self._sock.recv, max_bytes)
 
     async def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """`socket.socket.recv`, awaited. Raises as `receive_some` does."""
+        """`socket.socket.recv`, awaited. Raises as `receive_some` does.
+
+        Args:
+            bufsize: bytes at most.
+            flags: as there, except ``MSG_WAITALL``: what has come is returned. To wait for
+                a number of bytes use ``rfile.readexactly()``.
+        """
         return await self._call(self._wait_readable, self._sock.recv, bufsize, flags)
 
     async def recv_into(
