@@ -140,7 +140,7 @@ class BaseServer:
                 "asynchronous ones: derive it from trio_socketserver.StreamRequestHandler "
                 "(or another of its handler classes) with 'async def handle(self)', or "
                 "write 'async def handler(request, client_address, server)'. What runs "
-                "blocking handlers as they are is ThreadingMixIn, which comes in a later release"
+                "blocking handlers as they are is ThreadingMixIn, in a later release"
             )
 
     def _judge_handler(self) -> HandlerKind:
