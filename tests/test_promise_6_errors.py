@@ -10,14 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from helpers import (
-    assert_sums_up,
-    bounded,
-    connect,
-    is_refused,
-    receive,
-    receive_to_end,
-)
+from helpers import assert_sums_up, bounded, connect, is_refused, receive, receive_to_end
 from promises import (
     LOCALHOST,
     Faulty,
@@ -32,10 +25,7 @@ from promises import (
 from promises import broken_logging as broken_logging
 from promises import log_everything as log_everything
 
-from trio_socketserver import (
-    BaseRequestHandler,
-    NurseryTCPServer,
-)
+from trio_socketserver import BaseRequestHandler, NurseryTCPServer
 
 REQUEST_PLACES = (
     "constructor",
