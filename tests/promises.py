@@ -1,6 +1,6 @@
 """What several of the promise tests need; the promises are numbered as in the design.
 
-Promises 4 and 5 are about threads and child processes and have files of their own.
+Promises 4 and 5 are about threads and child processes, which come in later releases.
 """
 
 from __future__ import annotations

@@ -217,7 +217,9 @@ def test_a_blocking_handler_is_refused(server_class: Any, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir()), "it was refused before anything was bound"
 
 
-@pytest.mark.parametrize("handler", BLOCKING_HANDLERS, ids=repr)
+@pytest.mark.parametrize(
+    "handler", BLOCKING_HANDLERS, ids=lambda handler: type(handler).__name__
+)
 @bounded
 async def test_a_blocking_handler_is_refused_when_it_is_assigned(
     autojump_clock: Any, handler: Any
@@ -232,7 +234,9 @@ async def test_a_blocking_handler_is_refused_when_it_is_assigned(
         await server.shutdown()
 
 
-@pytest.mark.parametrize("handler", ASYNC_HANDLERS, ids=repr)
+@pytest.mark.parametrize(
+    "handler", ASYNC_HANDLERS, ids=lambda handler: type(handler).__name__
+)
 @bounded
 async def test_an_asynchronous_handler_is_judged_by_what_it_wraps(
     autojump_clock: Any, handler: Any

@@ -27,7 +27,7 @@ from trio_socketserver import BaseRequestHandler, NurseryMixIn
 SEQUENTIAL = [server for server in SERVERS if not issubclass(server, NurseryMixIn)]
 
 
-# What follows up to `trace` is compiled twice: as it is for our servers, and without
+# The scenarios below are compiled twice: as they are for our servers, and without
 # "async" and "await" for the stdlib's.
 
 
