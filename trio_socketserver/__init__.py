@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import socket
 
-from ._combinations import NurseryTCPServer, NurseryUDPServer
+from ._combinations import (
+    NurseryTCPServer,
+    NurseryUDPServer,
+    ThreadingTCPServer,
+    ThreadingUDPServer,
+)
 from ._datagram_servers import UDPServer
 from ._exceptions import ConnectionBroken, IncompleteRead, LineTooLong, RequestTimeout
 from ._handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
@@ -13,7 +18,9 @@ from ._run import run
 from ._server import BaseServer
 from ._sockets import DatagramSocket, StreamSocket
 from ._statistics import ServerStatistics
+from ._stdlib_servers import serve_blocking
 from ._stream_servers import TCPServer
+from ._threading import ThreadingMixIn
 
 __all__ = [
     "BaseRequestHandler",
@@ -31,18 +38,29 @@ __all__ = [
     "StreamRequestHandler",
     "StreamSocket",
     "TCPServer",
+    "ThreadingMixIn",
+    "ThreadingTCPServer",
+    "ThreadingUDPServer",
     "UDPServer",
     "run",
+    "serve_blocking",
 ]
 
 if hasattr(socket, "AF_UNIX"):
-    from ._combinations import NurseryUnixDatagramServer, NurseryUnixStreamServer
+    from ._combinations import (
+        NurseryUnixDatagramServer,
+        NurseryUnixStreamServer,
+        ThreadingUnixDatagramServer,
+        ThreadingUnixStreamServer,
+    )
     from ._datagram_servers import UnixDatagramServer
     from ._stream_servers import UnixStreamServer
 
     __all__ += [
         "NurseryUnixDatagramServer",
         "NurseryUnixStreamServer",
+        "ThreadingUnixDatagramServer",
+        "ThreadingUnixStreamServer",
         "UnixDatagramServer",
         "UnixStreamServer",
     ]

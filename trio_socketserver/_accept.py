@@ -19,6 +19,7 @@ import errno
 import logging
 import math
 import ssl
+from collections.abc import Callable
 
 import trio
 
@@ -75,14 +76,18 @@ class AcceptErrors:
 
     An *episode* is a run of shortages without a success in between. It is logged once.
 
+    Args:
+        clock: tells the time, in seconds.
+
     Attributes:
         delay: seconds between the last attempt and the next; 0 outside an episode.
-        resume_at: when the next attempt is due, on trio's clock.
+        resume_at: when the next attempt is due, on that clock.
     """
 
-    __slots__ = ("delay", "resume_at")
+    __slots__ = ("_clock", "delay", "resume_at")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = trio.current_time) -> None:
+        self._clock = clock
         self.delay = 0.0
         self.resume_at = -math.inf
 
@@ -107,7 +112,7 @@ class AcceptErrors:
                 BACK_OFF_LIMIT,
             )
         self.delay = min(self.delay * 2 or BACK_OFF_FIRST, BACK_OFF_LIMIT)
-        self.resume_at = trio.current_time() + self.delay
+        self.resume_at = self._clock() + self.delay
 
     def succeeded(self) -> None:
         """End the episode."""

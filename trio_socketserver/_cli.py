@@ -23,7 +23,13 @@ from typing import Any, Final, NoReturn
 
 import trio_socketserver
 
-from ._handlers import DatagramRequestHandler, StreamRequestHandler
+from ._colour import innermost
+from ._handlers import (
+    DatagramRequestHandler,
+    HandlerKind,
+    StreamRequestHandler,
+    handler_kind,
+)
 from ._run import GRACEFUL_TIMEOUT, run
 from ._server import BaseServer, Handler
 
@@ -34,6 +40,14 @@ LARGEST_PORT: Final = 65535
 INTERNET_ADDRESS: Final = re.compile(
     r"(?:\[(?P<ipv6>[^]]*)\]|(?P<host>[^][:\s]*)):(?P<port>[0-9]{1,5})"
 )
+
+
+DISPATCH: Final = {
+    "sequential": ("", None),
+    "nursery": ("Nursery", "max_tasks"),
+    "threading": ("Threading", "max_threads"),
+}
+"""What begins the name of the server's class, and the name of its limit."""
 
 
 class EchoStream(StreamRequestHandler):
@@ -95,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
         "handler",
         metavar="HANDLER",
         nargs="?",
-        help="module:attribute, a handler class or a coroutine function (default: an echo)",
+        help="module:attribute, a handler class or a function (default: an echo)",
     )
     parser.add_argument(
         "--bind",
@@ -107,9 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dispatch",
         metavar="HOW",
-        choices=["sequential", "nursery"],
-        default="nursery",
-        help="%(choices)s: one by one, or a task for each (default: %(default)s)",
+        choices=list(DISPATCH),
+        help="%(choices)s: one by one, in tasks, in threads (default: by the handler)",
     )
     parser.add_argument(
         "--max-requests-at-once",
@@ -204,15 +217,17 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         "graceful_timeout": options.graceful_timeout,
         "request_timeout": options.request_timeout,
     }
-    concurrent = options.dispatch == "nursery"
-    if concurrent and options.max_requests_at_once is not None:
-        attributes["max_tasks"] = options.max_requests_at_once
-    name = f"Nursery{kind}Server" if concurrent else f"{kind}Server"
-    server_class = type(name, (getattr(trio_socketserver, name),), attributes)
     handler: Handler = EchoDatagram if options.udp else EchoStream
     if options.handler is not None:
         handler = load_handler(options.handler)
     try:
+        blocking = handler_kind(handler) is HandlerKind.BLOCKING
+        dispatch = options.dispatch or ("threading" if blocking else "nursery")
+        prefix, limit = DISPATCH[dispatch]
+        if limit is not None and options.max_requests_at_once is not None:
+            attributes[limit] = options.max_requests_at_once
+        name = f"{prefix}{kind}Server"
+        server_class = type(name, (getattr(trio_socketserver, name),), attributes)
         server: BaseServer = server_class(address, handler)
     except TypeError as error:
         raise UsageError(str(error)) from error
@@ -230,15 +245,33 @@ def shown(address: Any) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _reachable(address: tuple[Any, ...]) -> tuple[str, int]:
+    """Return an address of this machine for a bound one, perhaps of every interface."""
+    host, port = address[:2]
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+
+def _speaks_http(handler: Handler) -> bool:
+    pages: Any = sys.modules.get("http.server")
+    wrapped = innermost(handler)
+    return (
+        pages is not None
+        and isinstance(wrapped, type)
+        and issubclass(wrapped, pages.BaseHTTPRequestHandler)
+    )
+
+
 def try_it(server: Any) -> str:
-    """Return a shell command that says hello to a server of lines or datagrams."""
+    """Return a shell command that says hello to a server of lines, datagrams or pages."""
     address = server.server_address
+    if _speaks_http(server.RequestHandlerClass):
+        if isinstance(address, str):
+            return f"curl --unix-socket {shlex.quote(address)} http://localhost/"
+        return f"curl http://{shown(_reachable(address))}/"
     family = socket.AddressFamily(server.address_family).name
     kind = socket.SocketKind(server.socket_type).name
     if family != "AF_UNIX":
-        host, port = address[:2]
-        # What is bound to every address can be reached at the local one.
-        address = ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+        address = _reachable(address)
     if family != "AF_UNIX" and kind == "SOCK_STREAM":
         connect = f"s = create_connection({address!r})"
     else:

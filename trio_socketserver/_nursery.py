@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from ._server import BaseServer
+from ._handlers import HandlerKind
+from ._server import BaseServer, Handler
 
 __all__ = ["NurseryMixIn"]
 
@@ -23,8 +24,8 @@ class _DefaultLimit:
 class NurseryMixIn(BaseServer):
     """Handle each request in a task of its own.
 
-    It takes the place of `socketserver.ThreadingMixIn` for asynchronous handlers. Put it in
-    front of a server class: ``class Server(NurseryMixIn, TCPServer)``.
+    It takes the place of `socketserver.ThreadingMixIn` for asynchronous handlers, and runs
+    no others. Put it in front of a server class: ``class Server(NurseryMixIn, TCPServer)``.
     """
 
     max_tasks: int | None = cast("int | None", _DefaultLimit())
@@ -38,3 +39,14 @@ class NurseryMixIn(BaseServer):
 
     def _limit(self) -> int | None:
         return self.max_tasks
+
+    def _check_handler(self, handler: Handler, kind: HandlerKind) -> None:
+        super()._check_handler(handler, kind)
+        if kind is HandlerKind.BLOCKING:
+            raise TypeError(
+                f"{handler!r} is a blocking handler, and {type(self).__qualname__} handles "
+                "requests in tasks: take ThreadingMixIn (as in ThreadingTCPServer), which "
+                "runs it as it is, in threads; or make it asynchronous, by deriving it "
+                "from trio_socketserver.StreamRequestHandler (or another of its handler "
+                "classes) with 'async def handle(self)'"
+            )

@@ -26,6 +26,7 @@ from typing import Any, Final, Self, TypeAlias
 import trio
 
 from ._accept import AcceptErrors
+from ._blocking import BlockingWorld
 from ._draining import Drain
 from ._exceptions import RequestTimeout
 from ._handlers import HandlerKind, handler_kind, run_handler
@@ -67,12 +68,13 @@ class BaseServer:
 
     Args:
         server_address: where to serve.
-        RequestHandlerClass: an asynchronous handler: a subclass of
-            `trio_socketserver.BaseRequestHandler`, or a coroutine function called with
-            ``(request, client_address, server)``.
+        RequestHandlerClass: what is called with ``(request, client_address, server)``. An
+            asynchronous handler is a subclass of `trio_socketserver.BaseRequestHandler`, or
+            a coroutine function. Anything else is a blocking handler, as `socketserver` has
+            them, and runs in a worker thread, unmodified.
 
     Raises:
-        TypeError: the handler is not asynchronous.
+        TypeError: it is no handler, or of a colour that the server does not run.
 
     Attributes:
         server_address: as given; socket servers replace it by the address they have bound.
@@ -111,6 +113,7 @@ class BaseServer:
         self._accept_errors = AcceptErrors()
         self._drain = Drain()
         self._requests: RequestNursery | None = None
+        self._blocking_world: BlockingWorld | None = None
         self._block: AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         self._arriving: Life | None = None
         self._room: trio.Event | None = None
@@ -134,22 +137,14 @@ class BaseServer:
 
     def _check_handler(self, handler: Handler, kind: HandlerKind) -> None:
         """Refuse a handler that this server cannot run."""
-        if kind is HandlerKind.BLOCKING:
-            raise TypeError(
-                f"{handler!r} is a blocking handler, and {type(self).__qualname__} runs "
-                "asynchronous ones: derive it from trio_socketserver.StreamRequestHandler "
-                "(or another of its handler classes) with 'async def handle(self)', or "
-                "write 'async def handler(request, client_address, server)'. What runs "
-                "blocking handlers as they are is ThreadingMixIn, in a later release"
-            )
 
     def _judge_handler(self) -> HandlerKind:
         # A subclass may have shadowed the property with an attribute of its own.
         handler = self.RequestHandlerClass
         if handler is not self._judged:
-            self._handler_kind = handler_kind(handler)
-            self._check_handler(handler, self._handler_kind)
-            self._judged = handler
+            kind = handler_kind(handler)
+            self._check_handler(handler, kind)
+            self._judged, self._handler_kind = handler, kind
         return self._handler_kind
 
     # -- entering and leaving --------------------------------------------------------
@@ -194,7 +189,7 @@ class BaseServer:
                 if calls_close:
                     await self.server_close()
         finally:
-            self._requests = None
+            self._requests = self._blocking_world = None
             if not keeps_listener:
                 self._loop.leave()
 
@@ -211,12 +206,16 @@ class BaseServer:
 
     async def _stop_accepting(self) -> None:
         self._drain.begin()
-        if self._loop.active:
-            self._loop.stop()
-            with trio.CancelScope(
-                deadline=trio.current_time() + self.cleanup_timeout, shield=True
-            ):
-                await self._loop.wait_ended()
+        try:
+            if self._loop.active:
+                self._loop.stop()
+                with trio.CancelScope(
+                    deadline=trio.current_time() + self.cleanup_timeout, shield=True
+                ):
+                    await self._loop.wait_ended()
+        finally:
+            if self._blocking_world is not None:
+                self._blocking_world.close()
         if not self._keeps_listener:
             self._stop_listening()
 
@@ -475,6 +474,10 @@ class BaseServer:
         setattr(counters, name, getattr(counters, name) + 1)
         if life.blames_peer:
             counters.peer_errors += 1
+        self._note_room()
+
+    def _note_room(self) -> None:
+        """Let the loop look again whether there is room for a request."""
         if self._room is not None:
             self._room.set()
             self._room = None
@@ -549,11 +552,36 @@ class BaseServer:
 
     def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
         kind = self._judge_handler()
+        if kind is HandlerKind.BLOCKING:
+            return self._run_blocking(request, client_address)
         handler = self.RequestHandlerClass(request, client_address, self)
         if kind is HandlerKind.ASYNC_CLASS:
             return run_handler(handler, self.cleanup_timeout)
         awaitable: Awaitable[None] = handler
         return awaitable
+
+    def _run_blocking(self, request: Any, client_address: Any) -> Awaitable[None]:
+        requests, world = self._requests, self._blocking_world
+        if requests is None:
+            raise RuntimeError("a blocking handler needs a server that serves")
+        if world is None:
+            world = BlockingWorld(self, requests.start_soon)
+            self._blocking_world = world
+            if requests.closing:
+                world.close()
+        return world.run(self.RequestHandlerClass, request, client_address)
+
+    def _has_daemon_threads(self) -> bool:
+        """Tell whether cancelling leaves the thread of a blocking handler to itself."""
+        return False
+
+    def _note_abandoned(self) -> None:
+        """Count a thread that has been left to itself."""
+        self._counters.abandoned_threads += 1
+
+    def _abandoned_threads(self) -> int:
+        """Return how many of those run still."""
+        return 0 if self._blocking_world is None else self._blocking_world.abandoned
 
     async def shutdown_request(self, request: Any) -> None:
         """Shut down and close one request, shielded, within ``cleanup_timeout``."""

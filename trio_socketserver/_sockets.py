@@ -1,7 +1,7 @@
 """The sockets that handlers and servers hold.
 
-All of them stand directly on a non-blocking `socket.socket`, with one rule for every
-operation: try the system call; if it would block, wait until the kernel reports the socket
+All of them stand directly on a `socket.socket`, with one rule for every operation: try the
+system call without waiting; if it would block, wait until the kernel reports the socket
 ready, and try again; if it succeeded without waiting, let other tasks run once. Data that
 a call has returned is never lost to a cancellation: the cancellation is looked for before
 the call, and only the scheduling comes after it.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import socket as socketlib
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import trio
 from trio.lowlevel import (
@@ -28,6 +28,7 @@ from trio.lowlevel import (
 
 from ._draining import Drain, Drained
 from ._exceptions import ConnectionBroken, RequestTimeout, connection_broken
+from ._waking import Waker
 
 __all__ = ["DatagramSocket", "StreamSocket"]
 
@@ -35,6 +36,14 @@ T = TypeVar("T")
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Address: TypeAlias = Any
 """What the socket module uses for the address family at hand: a tuple, a path, a name."""
+
+DONTWAIT: Final[int] = getattr(socketlib, "MSG_DONTWAIT", 0)
+"""What tells a system call not to wait; Windows has no such flag."""
+
+CLOSED: Final = socketlib.socket()
+"""A closed socket, for who has none."""
+
+CLOSED.close()
 
 RECEIVE_SIZE: Final = 65536
 """Bytes asked for when the caller names no size; trio and asyncio use 64 KiB too."""
@@ -72,6 +81,23 @@ def close_socket(sock: socketlib.socket) -> None:
         if trio.lowlevel.in_trio_run():
             trio.lowlevel.notify_closing(sock)
         sock.close()
+
+
+def _forbid_waiting(sock: socketlib.socket) -> None:
+    """See to it that a call on *sock* with ``DONTWAIT`` does not wait."""
+    # A timeout, perhaps the default one, would have Python wait before it asks the system.
+    if not DONTWAIT or sock.gettimeout():
+        sock.setblocking(False)
+
+
+def shut_down_sending(sock: socketlib.socket) -> None:
+    """End the sending side of a connection for every holder of its descriptor."""
+    try:
+        sock.shutdown(socketlib.SHUT_WR)
+    except OSError as error:
+        # The peer has gone, or the handler has shut the connection down or closed it.
+        if error.errno not in (errno.ENOTCONN, errno.EBADF):
+            raise
 
 
 class ListeningSocket(socketlib.socket):
@@ -157,18 +183,42 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     part. Closing always closes, cancelled or not.
     """
 
-    __slots__ = ("__weakref__", "_eof_sent", "_sending", "_timeout", "_waiting")
+    __slots__ = ("__weakref__", "_eof_sent", "_lent", "_sending", "_timeout", "_waiting")
 
     def __init__(self, sock: socketlib.socket) -> None:
         # The class above Python's knows the type without making an enum of it.
         kind = super(socketlib.socket, sock).type
         if kind != socketlib.SOCK_STREAM or sock.gettimeout() != 0:
             raise ValueError(f"not a non-blocking stream socket: {sock!r}")
+        self._own(sock)
+
+    @classmethod
+    def accepted(cls, sock: socketlib.socket) -> Self:
+        """Make one of what a listening socket has accepted, and leave it as it is.
+
+        Where the system can be told with each call not to wait, the socket need not be
+        told beforehand. For a blocking handler that saves a fourth of a short connection:
+        in each system call trio's thread may have to wait for its turn to run Python.
+        """
+        _forbid_waiting(sock)
+        self = cls.__new__(cls)
+        self._own(sock)
+        return self
+
+    def _own(self, sock: socketlib.socket) -> None:
         self._sock = sock
         self._sending = False
         self._eof_sent = False
         self._timeout: float | None = None
         self._waiting = 0
+        self._lent: tuple[socketlib.socket, Waker] | None = None
+
+    @property
+    def socket(self) -> socketlib.socket:
+        """The underlying non-blocking socket; not for waiting or closing."""
+        if self._sock.fileno() != -1:
+            self._sock.setblocking(False)
+        return self._sock
 
     # -- waiting ---------------------------------------------------------------------
 
@@ -281,7 +331,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             max_bytes = RECEIVE_SIZE
         elif max_bytes < 1:
             raise ValueError("max_bytes must be at least 1")
-        return await self._call(self._wait_readable, self._sock.recv, max_bytes)
+        return await self._call(self._wait_readable, self._sock.recv, max_bytes, DONTWAIT)
 
     async def recv(self, bufsize: int, flags: int = 0) -> bytes:
         """`socket.socket.recv`, awaited. Raises as `receive_some` does.
@@ -291,6 +341,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             flags: as there, except ``MSG_WAITALL``: what has come is returned. To wait for
                 a number of bytes use ``rfile.readexactly()``.
         """
+        flags |= DONTWAIT
         return await self._call(self._wait_readable, self._sock.recv, bufsize, flags)
 
     async def recv_into(
@@ -298,7 +349,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     ) -> int:
         """`socket.socket.recv_into`, awaited. Raises as `receive_some` does."""
         return await self._call(
-            self._wait_readable, self._sock.recv_into, buffer, nbytes, flags
+            self._wait_readable, self._sock.recv_into, buffer, nbytes, flags | DONTWAIT
         )
 
     async def receive_idle(self, max_bytes: int, drain: Drain, *, served: bool) -> bytes:
@@ -319,7 +370,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         # Not by _call(): two coroutines less are a tenth of a ping-pong.
         while True:
             try:
-                return self._sock.recv(max_bytes)
+                return self._sock.recv(max_bytes, DONTWAIT)
             except BlockingIOError:
                 await self._wait_idle(drain, served=served)
             except OSError as error:
@@ -366,7 +417,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         if not isinstance(data, bytes):
             data = memoryview(data).cast("B")
         try:
-            sent = self._sock.send(data)
+            sent = self._sock.send(data, DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -380,7 +431,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
                 while sent < len(rest):
                     await self._wait(wait_writable)
                     try:
-                        sent += self._sock.send(rest[sent:])
+                        sent += self._sock.send(rest[sent:], DONTWAIT)
                     except BlockingIOError:
                         continue
                     except OSError as error:
@@ -407,6 +458,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         self._start_sending()
         self._sending = True
         try:
+            flags |= DONTWAIT
             return await self._call(self._wait_writable, self._sock.send, data, flags)
         finally:
             self._sending = False
@@ -451,23 +503,47 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         if how != socketlib.SHUT_RD:
             self._eof_sent = True
 
+    # -- lending ---------------------------------------------------------------------
+
+    def lend(self) -> tuple[socketlib.socket, Waker]:
+        """Give the socket, and what wakes it, to a thread. No checkpoint.
+
+        Until `take_back` this object is a closed one, and closing it wakes that thread.
+        """
+        if self._waiting:
+            trio.lowlevel.notify_closing(self._sock)
+        self._lent = self._sock, Waker(self._sock)
+        self._sock = CLOSED
+        self._waiting += 1
+        return self._lent
+
+    def take_back(self) -> None:
+        """Have back what was lent, if the thread has not closed it. No checkpoint."""
+        assert self._lent is not None
+        self._sock, waker = self._lent
+        waker.release()
+        self._lent = None
+        self._waiting -= 1
+        if self._sock.fileno() != -1:
+            _forbid_waiting(self._sock)
+
     # -- closing ---------------------------------------------------------------------
 
     def shutdown_now(self) -> None:
         """End the sending side for every holder of the descriptor, without a checkpoint."""
-        try:
-            self._sock.shutdown(socketlib.SHUT_WR)
-        except OSError as error:
-            # The peer has gone, or the handler has shut the connection down or closed it.
-            if error.errno not in (errno.ENOTCONN, errno.EBADF):
-                raise
+        shut_down_sending(self._sock)
 
     def close_now(self) -> None:
-        """Close without a checkpoint; idempotent."""
+        """Close without a checkpoint; idempotent. What is lent out is woken instead."""
         if self._waiting:
+            if self._lent is not None:
+                self._lent[1].wake()
             close_socket(self._sock)
         else:
             self._sock.close()  # Nobody to wake: 2 µs less.
+        if self._sock.fileno() != -1:
+            # A blocking handler has left files open that were made of the socket.
+            socketlib.close(self._sock.detach())
 
     async def aclose(self) -> None:
         """Close the socket, even when cancelled; idempotent.

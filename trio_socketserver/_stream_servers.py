@@ -18,7 +18,12 @@ import trio
 
 from ._log import log
 from ._server import BaseServer, Handler
-from ._sockets import ListeningSocket, StreamSocket, close_socket
+from ._sockets import (
+    ListeningSocket,
+    StreamSocket,
+    close_socket,
+    shut_down_sending,
+)
 
 __all__ = ["TCPServer"]
 
@@ -161,8 +166,7 @@ class TCPServer(BaseServer):
             OSError: accept() failed; what follows of it is the loop's business.
         """
         connection, client_address = self.socket.accept()
-        connection.setblocking(False)
-        return StreamSocket(connection), client_address
+        return StreamSocket.accepted(connection), client_address
 
     async def shutdown_request(self, request: Any) -> None:
         """Shut down and close one connection.
@@ -172,17 +176,22 @@ class TCPServer(BaseServer):
         """
         if isinstance(request, StreamSocket):
             request.shutdown_now()
+        elif isinstance(request, socketlib.socket):
+            shut_down_sending(request)
         await self.close_request(request)
 
     async def close_request(self, request: Any) -> None:
         """Close one connection. No checkpoint if the request is a `StreamSocket`.
 
         Args:
-            request: a `StreamSocket`, or any `trio.abc.AsyncResource` that an override of
-                `get_request()` has put in its place.
+            request: a `StreamSocket`; any `trio.abc.AsyncResource` that an override of
+                `get_request()` has put in its place; or the socket that a blocking handler
+                has, which may call this itself.
         """
         if isinstance(request, StreamSocket):
             request.close_now()
+        elif isinstance(request, socketlib.socket):
+            request.close()
         else:
             await request.aclose()
 

@@ -1,0 +1,116 @@
+"""Blocking handlers: how one is run, in a worker thread, by a server of ours.
+
+The handler is called with what the standard library's servers call it with: a blocking
+socket (see `_blocking_sockets`) and a server whose methods block (see `_server_view`). It
+is a job of the request's task (see `_workers`), which is cancelled by waking it; how it
+ends after that is no error.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import trio
+
+from ._blocking_sockets import lend
+from ._handlers import BaseRequestHandler
+from ._log import log
+from ._server_view import view_of
+from ._workers import Job, StartSoon, Workers
+
+_numbers = itertools.count(1)
+
+
+class Host(Protocol):
+    """What the blocking world needs of its server."""
+
+    def _limit(self) -> int | None:
+        """Return how many requests may be active at once."""
+
+    def _has_daemon_threads(self) -> bool:
+        """Tell whether cancelling abandons a thread."""
+
+    def _note_abandoned(self) -> None:
+        """Count a thread that has been abandoned."""
+
+    def _note_room(self) -> None:
+        """Look again whether there is room for a request."""
+
+
+class BlockingWorld:
+    """What a server's blocking handlers live in, from entering to closing.
+
+    Args:
+        server: the server.
+        start_soon: starts a task where the server's requests live.
+    """
+
+    def __init__(self, server: Host, start_soon: StartSoon) -> None:
+        self._server = server
+        self._workers = Workers(start_soon, server._note_room)
+        self._token = trio.lowlevel.current_trio_token()
+        self._view = view_of(server, self._token)
+
+    @property
+    def abandoned(self) -> int:
+        """Threads that have been abandoned and run still."""
+        return self._workers.abandoned
+
+    def close(self) -> None:
+        """End every thread as soon as it has no handler to run."""
+        self._workers.close()
+
+    async def run(
+        self, handler: Callable[..., object], request: Any, client_address: Any
+    ) -> None:
+        """Run a handler in a thread.
+
+        Raises:
+            TypeError: it has returned something to await.
+            RuntimeError: no thread can be started.
+
+        Cancellation: wakes the thread where it waits for the peer, and waits for its end.
+        """
+        server, limit = self._server, self._server._limit()
+        loan = lend(request, self._token)
+        job = Job(
+            functools.partial(_call, handler, loan.request, client_address, self._view),
+            name=f"{type(server).__name__} request {next(_numbers)}",
+            wake=loan.wake,
+            daemon=(daemon := server._has_daemon_threads()),
+            abandon_at_once=daemon,
+            release=loan.close,
+        )
+        try:
+            await job.run(self._workers, math.inf if limit is None else limit)
+        except SystemExit as error:
+            message = "a handler has ended its thread by SystemExit(%r), serving %r"
+            log(logging.WARNING, message, error.code, client_address)
+        finally:
+            if job.abandoned:
+                server._note_abandoned()
+                message = "abandoned a thread that serves a request of %r"
+                log(logging.WARNING, message, client_address)
+            else:
+                loan.end()
+
+
+def _call(
+    handler: Callable[..., object], request: Any, client_address: Any, server: Any
+) -> None:
+    """Call a handler, in the thread."""
+    result = handler(request, client_address, server)
+    if not (inspect.isawaitable(result) or isinstance(result, BaseRequestHandler)):
+        return
+    if inspect.iscoroutine(result):
+        result.close()
+    raise TypeError(
+        f"{handler!r} looks like a blocking handler, but has returned {result!r}, which is "
+        "for awaiting: write 'async def handler(request, client_address, server)'"
+    )

@@ -1,0 +1,216 @@
+"""The sockets that blocking handlers hold.
+
+A request changes hands for as long as a thread handles it: `lend` takes the socket out of
+the `StreamSocket` and makes it a blocking one, `Loan.end` puts it back. So nobody closes it
+under the thread; whoever wants to can wake it.
+
+A datagram server's socket is everybody's and stays non-blocking, which is a property of
+the open file and not of a descriptor. A handler's view of it waits in trio instead, from
+where it can be cancelled, and where a Unix peer that does not read is waited for without
+spinning.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+import trio
+
+from ._sockets import DatagramSocket, StreamSocket
+from ._workers import call_trio
+
+WAITING: Final = (
+    "recv",
+    "recv_into",
+    "recvfrom",
+    "recvfrom_into",
+    "recvmsg",
+    "recvmsg_into",
+    "send",
+    "sendall",
+    "sendmsg",
+)
+"""The methods of a socket that may wait for it; ``sendto`` is a matter of its own."""
+
+
+class DatagramView(socket.socket):
+    """A datagram server's socket, as a blocking handler sees it.
+
+    It has a descriptor of its own, so closing it does the server no harm, and a timeout of
+    its own.
+
+    Args:
+        sender: what the server replies with.
+        token: the trio run in which to wait.
+    """
+
+    __slots__ = ("_scopes", "_seconds", "_sender", "_token", "_woken")
+
+    def __init__(self, sender: DatagramSocket, token: trio.lowlevel.TrioToken) -> None:
+        sock = sender.socket
+        super().__init__(sock.family, sock.type, sock.proto, fileno=os.dup(sock.fileno()))
+        self._sender = sender
+        self._token = token
+        self._seconds = socket.getdefaulttimeout()
+        self._scopes: set[trio.CancelScope] = set()
+        self._woken = False
+        super().settimeout(0)
+
+    def settimeout(self, value: float | None, /) -> None:
+        """Bound every single wait; None for ever. Nobody else's socket is changed."""
+        if value is not None and value < 0:
+            raise ValueError("Timeout value out of range")
+        self._seconds = value
+
+    def gettimeout(self) -> float | None:
+        """Return what `settimeout` has set."""
+        return self._seconds
+
+    def setblocking(self, flag: bool, /) -> None:
+        """Wait for ever, or not at all. Nobody else's socket is changed."""
+        self._seconds = None if flag else 0
+
+    def getblocking(self) -> bool:
+        """Tell whether operations may wait."""
+        return self._seconds != 0
+
+    def _wait(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Await *function* in trio, within the timeout."""
+
+        async def bounded() -> Any:
+            seconds = math.inf if self._seconds is None else self._seconds
+            with trio.move_on_after(0 if self._woken else seconds) as scope:
+                self._scopes.add(scope)
+                try:
+                    return await function(*args)
+                finally:
+                    self._scopes.discard(scope)
+            if self._woken:
+                raise BrokenPipeError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+            raise TimeoutError("timed out")
+
+        return call_trio(self._token, bounded)
+
+    def wake(self) -> None:
+        """End every wait on this view, now and from now on; called in trio's thread."""
+        self._woken = True
+        for scope in self._scopes:
+            scope.cancel()
+
+    def sendto(self, *args: Any) -> int:
+        """Send a datagram; waits as `DatagramSocket.sendto` does."""
+        try:
+            return super().sendto(*args)
+        except BlockingIOError:
+            if self._seconds == 0:
+                raise
+        sent: int = self._wait(self._sender.sendto, *args)
+        return sent
+
+
+def _waiting(name: str) -> Callable[..., Any]:
+    method = getattr(socket.socket, name)
+    ready = "wait_readable" if name.startswith("recv") else "wait_writable"
+
+    @functools.wraps(method)
+    def call(self: DatagramView, /, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except BlockingIOError:
+                if self._seconds == 0:
+                    raise
+            self._wait(getattr(trio.lowlevel, ready), self)
+
+    return call
+
+
+for _name in WAITING:
+    if hasattr(socket.socket, _name):
+        setattr(DatagramView, _name, _waiting(_name))
+
+
+class Loan:
+    """A request in the hands of a blocking handler.
+
+    Attributes:
+        request: what the handler gets.
+    """
+
+    __slots__ = ("request",)
+
+    request: Any
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+
+    def wake(self) -> None:
+        """Make a thread return that waits for the peer."""
+
+    def end(self) -> None:
+        """Take the request back from a handler that has ended."""
+
+    def close(self) -> None:
+        """Close, after the end of a handler that was abandoned with the request."""
+
+
+class _StreamLoan(Loan):
+    __slots__ = ("_stream", "_waker")
+
+    def __init__(self, stream: StreamSocket) -> None:
+        self._stream = stream
+        request, self._waker = stream.lend()
+        self.request = request
+        seconds = stream.gettimeout()
+        if seconds is None:
+            seconds = socket.getdefaulttimeout()
+        if request.gettimeout() != seconds:  # A system call spared, see StreamSocket.
+            request.settimeout(seconds)
+
+    def wake(self) -> None:
+        self._waker.wake()
+
+    def end(self) -> None:
+        self._stream.take_back()
+
+    def close(self) -> None:
+        self._waker.release()
+        self.request.close()
+
+
+class _DatagramLoan(Loan):
+    __slots__ = ()
+
+    def __init__(
+        self, data: bytes, sender: DatagramSocket, token: trio.lowlevel.TrioToken
+    ) -> None:
+        self.request = (data, DatagramView(sender, token))
+
+    def wake(self) -> None:
+        self.request[1].wake()
+
+    def end(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.request[1].close()
+
+
+def lend(request: Any, token: trio.lowlevel.TrioToken) -> Loan:
+    """Give a request to a blocking handler, in the form it knows.
+
+    What is neither a connection nor a datagram is given as it is.
+    """
+    match request:
+        case StreamSocket():
+            return _StreamLoan(request)
+        case (data, DatagramSocket() as sender):
+            return _DatagramLoan(data, sender, token)
+        case _:
+            return Loan(request)

@@ -1,0 +1,445 @@
+"""A server of the standard library's, in its serving thread.
+
+For as long as it is served, the object's class is a generated one. Its bases are the class
+that it had and, *behind* that, classes of ours that derive from the standard library's; so
+in the method resolution order ours come after everything the user has written and before
+what they replace. An override that calls ``super().serve_forever()`` reaches our loop, and
+one that does not is not touched. Nothing else of the object is changed but its event "the
+loop has stopped", which the base class's ``shutdown()`` waits for, however it is called:
+ours also wakes the loop, and does not let the loop's own thread wait for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Final
+
+import trio
+
+from ._accept import AcceptErrors
+from ._generated import generated_class
+from ._log import log, log_error
+from ._sockets import DONTWAIT
+from ._waking import Waker, waker_of
+
+IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
+"""The base class's event; shutdown() waits for it."""
+
+SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
+"""The base class's flag, which its loop, and ours, ends by."""
+
+
+KNOCK_AFTER: Final = 0.1
+"""Seconds that a loop which is awake may take to stop, before `ServingThread.knock`."""
+
+
+class Stopped(threading.Event):
+    """Set while no loop of the base class's runs."""
+
+    def __init__(
+        self, wake_loop: Callable[[], object], knock: Callable[[], object]
+    ) -> None:
+        super().__init__()
+        self._wake_loop = wake_loop
+        self._knock = knock
+        self._loop_thread: int | None = None
+        self.set()
+
+    def clear(self) -> None:
+        """Begin a loop, in the calling thread."""
+        self._loop_thread = threading.get_ident()
+        super().clear()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the loop has stopped, unless the caller is what it waits for."""
+        self._wake_loop()
+        if threading.get_ident() == self._loop_thread:
+            return self.is_set()
+        if timeout is None:
+            # Once only: the next loop may begin as soon as this one has ended.
+            if super().wait(KNOCK_AFTER):
+                return True
+            self._knock()
+        return super().wait(timeout)
+
+
+class ServingThread:
+    """What the serving thread and its hooks work with.
+
+    Args:
+        server: the server.
+        start_request: hands a request on to a thread of its own; called in any thread.
+        join_requests: waits for those threads; called in any thread.
+
+    Attributes:
+        stopping: whether the server has been told to stop, by cancellation.
+        handling: whether the serving thread handles a request itself.
+        accepting: whether it is about to accept a connection.
+        told: set when the server's own ``shutdown()`` has returned.
+        closed: set when its ``server_close()`` has.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        start_request: Callable[[Any, Any], object],
+        join_requests: Callable[[], object],
+    ) -> None:
+        self._server = server
+        self.start_request = start_request
+        self.join_requests = join_requests
+        # Alive as long as a socket of theirs.
+        self._wakers: weakref.WeakSet[Waker] = weakref.WeakSet()
+        self._wakers_lock = threading.Lock()
+        self._accepted: list[Waker] = []
+        self._errors = AcceptErrors(time.monotonic)
+        self._defers = False
+        self._waker, self._alarm = socket.socketpair()
+        self._alarm.setblocking(False)
+        self.stopping = False
+        self.handling = False
+        self.accepting = False
+        self.told = threading.Event()
+        self.closed = threading.Event()
+
+    # -- called in trio's thread -----------------------------------------------------
+
+    @contextmanager
+    def adopted(self) -> Generator[None]:
+        """Make the server's class ours for the length of the block, and no longer."""
+        server, theirs = self._server, type(self._server)
+        is_shut_down = getattr(server, IS_SHUT_DOWN)
+        with self._waker, self._alarm, self._listener_adopted():
+            if _Loop in theirs.__mro__:
+                raise RuntimeError(f"{server!r} is being served already")
+            setattr(server, IS_SHUT_DOWN, Stopped(self.wake_loop, self.knock))
+            server.__class__ = _adopting_class(theirs, self)
+            try:
+                yield
+            finally:
+                server.__class__ = theirs
+                setattr(server, IS_SHUT_DOWN, is_shut_down)
+                setattr(server, SHUTDOWN_REQUEST, False)
+                # Whoever has waited since before we came.
+                is_shut_down.set()
+
+    @contextmanager
+    def _listener_adopted(self) -> Generator[None]:
+        listener: Any = getattr(self._server, "socket", None)
+        if not isinstance(listener, socket.socket):
+            yield
+            return
+        tls: Any = listener if isinstance(listener, ssl.SSLSocket) else None
+        self._defers = defers = tls is not None and self._can_defer()
+        theirs = type(listener)
+        listener.__class__ = _listener_class(theirs, self)
+        if defers:
+            handshakes = tls.do_handshake_on_connect
+            tls.do_handshake_on_connect = False
+        try:
+            yield
+        finally:
+            listener.__class__ = theirs
+            if defers:
+                tls.do_handshake_on_connect = handshakes
+
+    def _can_defer(self) -> bool:
+        """Tell whether a TLS handshake can be left to the request's own thread.
+
+        Then a client that is silent keeps only itself waiting. But ``verify_request()`` may
+        want to know who the client is.
+        """
+        theirs, base = type(self._server), socketserver.BaseServer
+        return (
+            theirs.process_request is not base.process_request
+            and theirs.verify_request is base.verify_request
+        )
+
+    def wake_loop(self) -> None:
+        """Make the loop look whether it is to stop; callable in any thread."""
+        with contextlib.suppress(OSError):  # Full: it is awake. Closed: there is none.
+            self._alarm.send(b"\0")
+
+    def stop(self) -> None:
+        """Make the loop, and every thread that waits for a client, return."""
+        self.stopping = True
+        setattr(self._server, SHUTDOWN_REQUEST, True)
+        self.wake_loop()
+        self.wake_sockets()
+
+    def wake_sockets(self) -> None:
+        """Make every thread return that waits for a client."""
+        with self._wakers_lock:
+            wakers = list(self._wakers)
+        for waker in wakers:
+            waker.wake()
+
+    def knock(self) -> None:
+        """End an accept() that waits, because another process has been faster than it.
+
+        A connection is all that it returns for. (Closing the socket would not wake it, and
+        making it non-blocking would do so for the other process too.)
+        """
+        if self.accepting:
+            listener = self._server.socket
+            with socket.socket(listener.family, listener.type) as visitor:
+                visitor.setblocking(False)
+                visitor.connect_ex(listener.getsockname())
+
+    # -- called in the serving thread ------------------------------------------------
+
+    def waker(self, connection: object) -> Waker | None:
+        """Take note of a connection that a handler may wait for; return what wakes it."""
+        if not (
+            isinstance(connection, socket.socket) and connection.type == socket.SOCK_STREAM
+        ):
+            return None
+        waker = waker_of(connection)
+        with self._wakers_lock:
+            self._wakers.add(waker)
+        if self.stopping:
+            waker.wake()
+        return waker
+
+    def accepted(self, connection: socket.socket) -> None:
+        """Take note of what the listening socket has accepted, if get_request() waits."""
+        waker = self.waker(connection)
+        if waker is not None:
+            self._accepted.append(waker)
+
+    def loop(self, poll_interval: float | None) -> None:
+        """Do what the base class's `serve_forever()` does, but wake up when told."""
+        server = self._server
+        getattr(server, IS_SHUT_DOWN).clear()
+        try:
+            with selectors.PollSelector() as selector:
+                selector.register(server, selectors.EVENT_READ)
+                selector.register(self._waker, selectors.EVENT_READ)
+                while not self._is_to_stop():
+                    ready = [key.fileobj for key, _ in selector.select(poll_interval)]
+                    if self._is_to_stop():
+                        break
+                    if self._waker in ready:
+                        self._waker.recv(4096)
+                    if server in ready:
+                        server._handle_request_noblock()
+                        self._back_off()
+                    server.service_actions()
+        finally:
+            setattr(server, SHUTDOWN_REQUEST, False)
+            getattr(server, IS_SHUT_DOWN).set()
+
+    def _is_to_stop(self) -> bool:
+        return self.stopping or getattr(self._server, SHUTDOWN_REQUEST)
+
+    def _back_off(self) -> None:
+        """Pause after a shortage of descriptors, unless it is time to stop."""
+        if self._errors.delay:
+            select.select([self._waker], (), (), self._errors.delay)
+
+    def handle_request(self) -> None:
+        """Do what the base class's `handle_request()` does, but wake up when told."""
+        server = self._server
+        if self.stopping:
+            # A loop of its own that shutdown() does not stop; closing the socket will.
+            self.closed.wait()
+        timeout = server.socket.gettimeout()
+        if timeout is None:
+            timeout = server.timeout
+        elif server.timeout is not None:
+            timeout = min(timeout, server.timeout)
+        with selectors.PollSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            selector.register(self._waker, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(timeout)]
+        if self._waker in ready and self.stopping:
+            self.told.wait()
+        elif server in ready:
+            server._handle_request_noblock()
+            self._back_off()
+        elif not ready:
+            server.handle_timeout()
+
+    def secures(self, connection: object) -> bool:
+        """Make up for a TLS handshake that was put off; in the request's own thread.
+
+        Returns:
+            Whether to go on. If not, the connection is closed.
+        """
+        if not (self._defers and isinstance(connection, ssl.SSLSocket)):
+            return True
+        try:
+            connection.do_handshake()
+        except OSError:
+            # As in accept(), where it was, the server does not hear of it.
+            self._server.shutdown_request(connection)
+            return False
+        return True
+
+    def handle_one(self) -> None:
+        """Take one request and pass it on to the server's hooks.
+
+        In the base class an exception of ``verify_request()``, and one that is no
+        `Exception`, ends the server and leaves the connection open.
+        """
+        server = self._server
+        try:
+            request, client_address = server.get_request()
+        except OSError as error:
+            for accepted in self._accepted:
+                accepted.release()
+            self._accepted.clear()
+            if server.fileno() != -1 or not self._is_to_stop():
+                self._errors.failed(error)
+            return
+        self._errors.succeeded()
+        waker = self._waker_of_request(request)
+        self.handling = True
+        try:
+            with self.contained(client_address):
+                handed_on = False
+                try:
+                    if server.verify_request(request, client_address):
+                        server.process_request(request, client_address)
+                        handed_on = True
+                except Exception:
+                    server.handle_error(request, client_address)
+                finally:
+                    if not handed_on:
+                        server.shutdown_request(request)
+        finally:
+            self.handling = False
+            if waker is not None and self._is_serial():
+                waker.release()
+
+    def _waker_of_request(self, request: Any) -> Waker | None:
+        """Return what wakes the request; it may be, or wrap, what has been accepted."""
+        accepted, self._accepted = self._accepted, []
+        waker = self.waker(request)
+        for other in accepted:
+            if waker is None:
+                waker = other
+            elif other is not waker:
+                other.release()
+        if waker is not None:
+            # Where we do not learn of a request's end, nothing of ours may put it off.
+            waker.follows = self._is_serial()
+        return waker
+
+    def _is_serial(self) -> bool:
+        base = socketserver.BaseServer.process_request
+        return bool(type(self._server).process_request is base)
+
+    @contextmanager
+    def contained(self, client_address: Any) -> Generator[None]:
+        """Let an exception end one request, and not the server."""
+        try:
+            yield
+        except trio.Cancelled:
+            raise
+        except Exception as error:
+            log_error(error, "exception while serving a request of %r", client_address)
+        except BaseException as error:
+            message = "%s(%s) has ended a request of %r"
+            log(logging.WARNING, message, type(error).__name__, error, client_address)
+
+
+class _Loop(socketserver.BaseServer):
+    """What replaces the base class's loop."""
+
+    _serving: ClassVar[ServingThread]
+
+    def serve_forever(self, poll_interval: float | None = 0.5) -> None:
+        self._serving.loop(poll_interval)
+
+    def handle_request(self) -> None:
+        self._serving.handle_request()
+
+    def _handle_request_noblock(self) -> None:
+        self._serving.handle_one()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # How a thread ends that we have woken is no error.
+        if not self._serving.stopping:
+            super().handle_error(request, client_address)
+
+
+class _Threads(socketserver.ThreadingMixIn):
+    """What replaces the mix-in's threads."""
+
+    _serving: ClassVar[ServingThread]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._serving.start_request(request, client_address)
+
+    def server_close(self) -> None:
+        super().server_close()
+        # Here, because an override may close after it what handlers use.
+        self._serving.join_requests()
+
+
+class _Datagrams(socketserver.UDPServer):
+    """What replaces the datagram servers' receiving."""
+
+    def get_request(self) -> Any:
+        # What made the socket readable may be gone: taken by who shares it, or damaged.
+        data, client_address = self.socket.recvfrom(self.max_packet_size, DONTWAIT)
+        return (data, self.socket), client_address
+
+
+_SHIMS: list[type] = [_Threads, _Datagrams, _Loop]
+
+if hasattr(os, "fork"):
+
+    class _Children(socketserver.ForkingMixIn):
+        """What the mix-in's children do first."""
+
+        _serving: ClassVar[ServingThread]
+
+        def finish_request(self, request: Any, client_address: Any) -> None:
+            # The parent's handlers would have the child wait for a trio that is not there.
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self._serving.secures(request):
+                super().finish_request(request, client_address)  # type: ignore[misc]
+
+    _SHIMS.insert(0, _Children)
+
+
+def _adopting_class(theirs: type, serving: ServingThread) -> Any:
+    ours = [shim for shim in _SHIMS if issubclass(theirs, shim.__bases__)]
+    return generated_class(theirs, {"_serving": serving}, tuple(ours))
+
+
+def _listener_class(theirs: type[socket.socket], serving: ServingThread) -> type:
+    """Return a class whose ``accept()`` tells of every connection at once."""
+
+    class Accepting(socket.socket):
+        __slots__ = ()
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            serving.accepting = True
+            try:
+                connection, address = super().accept()
+            finally:
+                serving.accepting = False
+            serving.accepted(connection)
+            return connection, address
+
+    # Behind theirs: a TLS socket's accept() calls this one, and then shakes hands.
+    namespace = {"__slots__": (), "__module__": theirs.__module__}
+    bases = (Accepting,) if theirs is socket.socket else (theirs, Accepting)
+    return type(theirs.__name__, bases, namespace)
