@@ -197,6 +197,8 @@ class Crowd(StreamRequestHandler):
     [
         ([], 5),
         (["--dispatch=nursery"], 5),
+        (["--dispatch=threading"], 5),
+        (["--dispatch=threading", "--max-requests-at-once=3"], 3),
         (["--max-requests-at-once=2"], 2),
         (["--dispatch", "nursery", "--max-requests-at-once", "1"], 1),
         (["--dispatch=sequential"], 1),
@@ -209,6 +211,51 @@ def test_how_many_are_served_at_once(command, capsys, monkeypatch, options, peak
     command(LOCAL, *options, f"{__name__}:Crowd", questions=(b"",) * 5)
     assert Crowd.peak == peak
     assert capsys.readouterr().out.endswith("\naccepted 5, completed 5\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "ThreadingTCPServer"),
+        (["--udp"], "ThreadingUDPServer"),
+        (["--bind=unix:"], "ThreadingUnixStreamServer"),
+        (["--dispatch=sequential"], "TCPServer"),
+        (["--max-requests-at-once=7"], "ThreadingTCPServer"),
+    ],
+)
+def test_a_blocking_handler_is_served_in_threads(tmp_path, options, expected):
+    options = [f"{o}{tmp_path}/s" if o == "--bind=unix:" else o for o in options]
+    handler = "socketserver:BaseRequestHandler"
+    parser = _cli.make_parser()
+    server: Any = _cli.make_server(parser.parse_args([LOCAL, *options, handler]))
+    assert type(server).__name__ == expected
+    if "--max-requests-at-once=7" in options:
+        assert server.max_threads == 7
+    server._close_listener()
+
+
+def test_what_to_type_for_a_server_of_pages(tmp_path):
+    handler = "http.server:SimpleHTTPRequestHandler"
+    (tmp_path / "page.html").write_text("hello")
+    arguments = ("-m", "trio_socketserver", "--bind=[::]:0", handler)
+    with running(*arguments, folder=tmp_path) as process:
+        assert line_of(process).startswith(f"serving {handler} on [::]:")
+        command = line_of(process).removeprefix("try: ").strip()
+        assert command.startswith("curl http://[::1]:")
+        shown = subprocess.run(
+            ["sh", "-c", f"{command}page.html"], check=True, capture_output=True, text=True
+        )
+        assert shown.stdout == "hello"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+
+
+def test_what_to_type_for_pages_on_a_unix_socket(tmp_path):
+    options = [f"--bind=unix:{tmp_path}/a b", "http.server:SimpleHTTPRequestHandler"]
+    server: Any = _cli.make_server(_cli.make_parser().parse_args(options))
+    expected = f"curl --unix-socket '{tmp_path}/a b' http://localhost/"
+    assert _cli.try_it(server) == expected
+    server._close_listener()
 
 
 def test_a_datagram_server_keeps_its_limit(command):
@@ -453,6 +500,7 @@ def test_bad_addresses(capsys, argument, expected):
         (["a:b", "c:d"], "unrecognized arguments: c:d"),
         (["--bind"], "argument --bind: expected one argument"),
         (["--dispatch=forking"], "argument --dispatch: invalid choice: 'forking'"),
+        (["--dispatch=nursery", "socketserver:StreamRequestHandler"], "ThreadingMixIn"),
         (["-q", "-v"], "not allowed with"),
         *(
             ([f"{option}={text}"], f"argument {option}: invalid number of seconds value: ")
@@ -510,8 +558,6 @@ number = 3
         ("imports:Handler", "No module named 'nonexistent'"),
         ("attributes:Handler", "LookupError: Handler"),
         ("blocking:number", "a handler must be callable, and 3 is not"),
-        ("blocking:function", "is a blocking handler"),
-        ("blocking:Handler", "is a blocking handler"),
         ("blocking:Mixed", "not derived from trio_socketserver"),
     ],
 )

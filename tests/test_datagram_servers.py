@@ -59,10 +59,6 @@ class Collect(BaseRequestHandler):
         self.server.received.append(data)
 
 
-def blocking_handler(request: Any, client_address: Any, server: Any) -> None:
-    """Of the wrong colour."""
-
-
 def collecting(server_class: type[Any], folder: Path) -> Any:
     server = server_class(bind_address(server_class, folder), Collect)
     server.received = []
@@ -133,12 +129,12 @@ def test_an_address_in_use_is_an_error_of_the_constructor(
 
 
 @each_server
-def test_a_handler_of_the_wrong_colour_leaks_nothing(
+def test_what_is_no_handler_leaks_nothing(
     server_class: type[Any], tmp_path: Path
 ) -> None:
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(TypeError, match="blocking"):
-        server_class(bind_address(server_class, tmp_path), blocking_handler)
+    with pytest.raises(TypeError, match="callable"):
+        server_class(bind_address(server_class, tmp_path), None)
     assert os.listdir("/proc/self/fd") == before
     assert not os.listdir(tmp_path)
 

@@ -20,6 +20,8 @@ from trio_socketserver import (
     NurseryMixIn,
     NurseryTCPServer,
     NurseryUDPServer,
+    NurseryUnixDatagramServer,
+    NurseryUnixStreamServer,
     StreamRequestHandler,
     TCPServer,
     UDPServer,
@@ -205,7 +207,16 @@ ASYNC_HANDLERS = (
 )
 
 
-@all_servers
+@pytest.mark.parametrize(
+    "server_class",
+    [
+        NurseryTCPServer,
+        NurseryUDPServer,
+        NurseryUnixStreamServer,
+        NurseryUnixDatagramServer,
+    ],
+    ids=class_name,
+)
 def test_a_blocking_handler_is_refused(server_class: Any, tmp_path: Path) -> None:
     for handler in BLOCKING_HANDLERS:
         with pytest.raises(TypeError) as refused:
