@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def takes_part(peer: Peer, workload: Workload) -> bool:
     """Whether the peer has a server for the workload."""
-    entry = peer.tcp if workload.transport == "tcp" else peer.udp
+    entry = getattr(peer, workload.server)
     return entry is not None and (peer.only is None or workload.name in peer.only)
 
 

@@ -54,6 +54,7 @@ class Ratios:
 LIMITS = (
     Limit("short", "trio", 2.5),
     Limit("short", "socketserver threading", 2.5),
+    Limit("blocking", "socketserver threading", 1.4),
     Limit("pingpong", "trio", 1.7),
     Limit("pingpong", "asyncio", 1.0),
     Limit("bulk", "trio", 1.2),

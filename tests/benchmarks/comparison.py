@@ -154,7 +154,7 @@ def compare(
     rows = [Row(peer) for peer in peers]
 
     def start(row: Row) -> AbstractContextManager[ServerProcess]:
-        return serving(row.peer, workload.transport, server_core)
+        return serving(row.peer, workload.server, server_core)
 
     with ExitStack() as stack:
         running: dict[str, ServerProcess] = {}

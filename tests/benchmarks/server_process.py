@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from tests.benchmarks.cores import pinned
 from tests.benchmarks.servers import Peer
+from tests.benchmarks.workloads import Server
 
 START_TIMEOUT = 10.0
 """Seconds until a server must have announced its port: importing takes 0.1 to 0.5."""
@@ -96,15 +97,13 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def serving(
-    peer: Peer, transport: Literal["tcp", "udp"], core: int
-) -> Iterator[ServerProcess]:
+def serving(peer: Peer, server: Server, core: int) -> Iterator[ServerProcess]:
     """Start a peer's server on ``core``; kill it on leaving.
 
     Raises:
         ServerFailed: It did not start.
     """
-    command = [sys.executable, "-m", "tests.benchmarks.servers", peer.name, transport]
+    command = [sys.executable, "-m", "tests.benchmarks.servers", peer.name, server]
     with tempfile.TemporaryFile() as stderr:
         with pinned(core):
             process = subprocess.Popen(

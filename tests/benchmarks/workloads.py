@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Server: TypeAlias = Literal["tcp", "udp", "blocking"]
+"""What a peer's server serves: connections, datagrams, connections by blocking handlers."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,7 @@ class Workload:
         mode: The load generator's mode.
         clients: How many there are, and so how many requests are in flight.
         size: Bytes of one message.
+        server: Which of a peer's servers it needs.
     """
 
     name: str
@@ -23,11 +27,7 @@ class Workload:
     mode: Literal["short", "pingpong", "udp"]
     clients: int
     size: int
-
-    @property
-    def transport(self) -> Literal["tcp", "udp"]:
-        """Which of a peer's servers it needs."""
-        return "udp" if self.mode == "udp" else "tcp"
+    server: Server = "tcp"
 
 
 WORKLOADS = {
@@ -60,6 +60,15 @@ WORKLOADS = {
             mode="udp",
             clients=50,
             size=64,
+            server="udp",
+        ),
+        Workload(
+            "blocking",
+            "Short connections with one blocking handler for all (20 clients, 64 bytes)",
+            mode="short",
+            clients=20,
+            size=64,
+            server="blocking",
         ),
     ]
 }

@@ -39,8 +39,9 @@ class Peer:
         name: What the command line and the tables call it.
         tcp: The function that serves TCP, as ``module:function`` of this package.
         udp: The function that serves UDP.
+        blocking: The function that serves TCP with `with_socketserver.Echo`.
         requires: The packages to be installed for it.
-        only: The workloads it takes part in, if not all of its transports.
+        only: The workloads it takes part in, if not all that its servers could.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Peer:
     udp: str | None = None
     requires: tuple[str, ...] = ()
     only: frozenset[str] | None = None
+    blocking: str | None = None
 
     def absent(self) -> list[str]:
         """The required packages that are not installed."""
@@ -59,6 +61,7 @@ OURS = Peer(
     "with_trio_socketserver:tcp",
     "with_trio_socketserver:udp",
     ("trio_socketserver",),
+    blocking="with_trio_socketserver:tcp_threading",
 )
 
 PEERS = {
@@ -74,6 +77,7 @@ PEERS = {
             "socketserver threading",
             "with_socketserver:tcp_threading",
             "with_socketserver:udp_threading",
+            blocking="with_socketserver:tcp_threading",
         ),
         Peer(
             "socketserver forking",

@@ -23,12 +23,12 @@ def main() -> None:
     """Serve as the named peer."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.servers")
     parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("transport", choices=["tcp", "udp"])
+    parser.add_argument("server", choices=["tcp", "udp", "blocking"])
     options = parser.parse_args()
     peer = PEERS[options.peer]
-    entry = peer.tcp if options.transport == "tcp" else peer.udp
+    entry = getattr(peer, options.server)
     if entry is None:
-        sys.exit(f"{peer.name} has no {options.transport} server")
+        sys.exit(f"{peer.name} has no {options.server} server")
     if absent := peer.absent():
         sys.exit(f"{peer.name} needs {', '.join(absent)}, which is not installed")
     module, function = entry.split(":")

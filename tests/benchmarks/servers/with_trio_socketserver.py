@@ -5,11 +5,13 @@ from __future__ import annotations
 import trio
 
 from tests.benchmarks.servers import HOST, Announce
+from tests.benchmarks.servers.with_socketserver import Echo
 from trio_socketserver import (
     DatagramRequestHandler,
     NurseryTCPServer,
     NurseryUDPServer,
     StreamRequestHandler,
+    ThreadingTCPServer,
 )
 
 
@@ -33,6 +35,17 @@ def tcp(announce: Announce) -> None:
 
     async def main() -> None:
         async with NurseryTCPServer((HOST, 0), EchoLines) as server:
+            announce(server.server_address[1])
+            await server.serve_forever()
+
+    trio.run(main)
+
+
+def tcp_threading(announce: Announce) -> None:
+    """Serve with ``ThreadingTCPServer``, and socketserver's own handler."""
+
+    async def main() -> None:
+        async with ThreadingTCPServer((HOST, 0), Echo) as server:
             announce(server.server_address[1])
             await server.serve_forever()
 
