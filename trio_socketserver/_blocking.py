@@ -53,7 +53,7 @@ class BlockingWorld:
 
     def __init__(self, server: Host, start_soon: StartSoon) -> None:
         self._server = server
-        self._workers = Workers(start_soon, server._note_room)
+        self._workers = Workers(start_soon, self._limit, server._note_room)
         self._token = trio.lowlevel.current_trio_token()
         self._view = view_of(server, self._token)
 
@@ -61,6 +61,10 @@ class BlockingWorld:
     def abandoned(self) -> int:
         """Threads that have been abandoned and run still."""
         return self._workers.abandoned
+
+    def _limit(self) -> float:
+        limit = self._server._limit()
+        return math.inf if limit is None else limit
 
     def close(self) -> None:
         """End every thread as soon as it has no handler to run."""
@@ -77,7 +81,7 @@ class BlockingWorld:
 
         Cancellation: wakes the thread where it waits for the peer, and waits for its end.
         """
-        server, limit = self._server, self._server._limit()
+        server = self._server
         loan = lend(request, self._token)
         job = Job(
             functools.partial(_call, handler, loan.request, client_address, self._view),
@@ -88,7 +92,7 @@ class BlockingWorld:
             release=loan.close,
         )
         try:
-            await job.run(self._workers, math.inf if limit is None else limit)
+            await job.run(self._workers)
         except SystemExit as error:
             message = "a handler has ended its thread by SystemExit(%r), serving %r"
             log(logging.WARNING, message, error.code, client_address)

@@ -185,21 +185,28 @@ class _StreamLoan(Loan):
 
 
 class _DatagramLoan(Loan):
-    __slots__ = ()
+    __slots__ = ("_token", "_view")
 
     def __init__(
         self, data: bytes, sender: DatagramSocket, token: trio.lowlevel.TrioToken
     ) -> None:
-        self.request = (data, DatagramView(sender, token))
+        self._token = token
+        self._view = DatagramView(sender, token)
+        self.request = (data, self._view)
 
     def wake(self) -> None:
-        self.request[1].wake()
+        self._view.wake()
 
     def end(self) -> None:
-        self.close()
+        # A thread of the handler's own may wait still, and trio with it.
+        self._view.wake()
+        self._view.close()
 
     def close(self) -> None:
-        self.request[1].close()
+        try:
+            self._token.run_sync_soon(self.end)
+        except trio.RunFinishedError:
+            self._view.close()
 
 
 def lend(request: Any, token: trio.lowlevel.TrioToken) -> Loan:

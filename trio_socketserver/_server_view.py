@@ -46,6 +46,9 @@ class _BlockingMethod:
     def __set__(self, view: Any, value: object) -> None:
         setattr(view._viewed, self._name, value)
 
+    def __delete__(self, view: Any) -> None:
+        delattr(view._viewed, self._name)
+
 
 async def _while_handling(error: BaseException, function: Any) -> Any:
     """Await *function* with *error* as its `sys.exception()`, as its caller has it."""
@@ -61,7 +64,10 @@ def _is_method(attribute: object) -> bool:
 
 
 def _view_class(server_class: type) -> Any:
-    namespace: dict[str, Any] = {"__slots__": ("_token", "_viewed")}
+    namespace: dict[str, Any] = {
+        "__slots__": ("_token", "_viewed"),
+        "__class__": property(lambda view: type(view._viewed)),
+    }
     for name in dir(server_class):
         attribute = inspect.getattr_static(server_class, name)
         if isinstance(attribute, types.MemberDescriptorType):

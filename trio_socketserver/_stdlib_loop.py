@@ -46,34 +46,55 @@ KNOCK_AFTER: Final = 0.1
 """Seconds that a loop which is awake may take to stop, before `ServingThread.knock`."""
 
 
-class Stopped(threading.Event):
-    """Set while no loop of the base class's runs."""
+class Stopped:
+    """The base class's event "no loop runs"; it has what is used of a `threading.Event`.
+
+    Args:
+        wake_loop: makes the loop look whether it is to stop.
+        knock: makes it return from ``accept()``.
+    """
 
     def __init__(
         self, wake_loop: Callable[[], object], knock: Callable[[], object]
     ) -> None:
-        super().__init__()
         self._wake_loop = wake_loop
         self._knock = knock
-        self._loop_thread: int | None = None
-        self.set()
+        self._changed = threading.Condition()
+        self._running_in: int | None = None
+        self._ended = 0
 
     def clear(self) -> None:
         """Begin a loop, in the calling thread."""
-        self._loop_thread = threading.get_ident()
-        super().clear()
+        with self._changed:
+            self._running_in = threading.get_ident()
+
+    def set(self) -> None:
+        """End it."""
+        with self._changed:
+            self._running_in = None
+            self._ended += 1
+            self._changed.notify_all()
+
+    def is_set(self) -> bool:
+        """Tell whether no loop runs."""
+        return self._running_in is None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the loop has stopped, unless the caller is what it waits for."""
-        self._wake_loop()
-        if threading.get_ident() == self._loop_thread:
-            return self.is_set()
-        if timeout is None:
-            # Once only: the next loop may begin as soon as this one has ended.
-            if super().wait(KNOCK_AFTER):
-                return True
-            self._knock()
-        return super().wait(timeout)
+        """Wait until the loop that runs has ended, unless it is what calls.
+
+        Returns:
+            Whether it has. (The next may have begun at once.)
+        """
+        with self._changed:
+            if self._running_in in (None, threading.get_ident()):
+                return self._running_in is None
+            before = self._ended
+            self._wake_loop()
+            if timeout is not None:
+                return self._changed.wait_for(lambda: self._ended > before, timeout)
+            if not self._changed.wait_for(lambda: self._ended > before, KNOCK_AFTER):
+                self._knock()
+            return self._changed.wait_for(lambda: self._ended > before)
 
 
 class ServingThread:

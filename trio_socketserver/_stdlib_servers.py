@@ -49,6 +49,13 @@ Waking takes milliseconds, and what a handler does after it, flushing and closin
 longer. The standard library gives them none.
 """
 
+ANSWER_GRACE: Final = 0.25
+"""Seconds left, after a ``shutdown()``, for requests that nobody would wait for.
+
+One of them may have called it, and be about to answer. The standard library lets them run
+on until the program ends.
+"""
+
 _numbers = itertools.count(1)
 
 
@@ -68,7 +75,8 @@ async def serve_blocking(  # noqa: ASYNC128 (_Serving.serve() calls started())
 
     ``server.shutdown()`` ends it, from any thread or handler, and does not deadlock there.
     Then requests are joined; if ``block_on_close`` is false or ``daemon_threads`` true,
-    they are cancelled instead. ``server_close()`` is called at the end.
+    they have a quarter of a second before they are cancelled, for the answer of the one
+    that has called it. ``server_close()`` is called at the end.
 
     Args:
         server: the server, made in the main thread, bound and listening. Nothing of the
@@ -164,7 +172,7 @@ class _Serving:
     async def _do(self, job: Job) -> None:
         self._jobs.add(job)
         try:
-            await job.run(self._workers, math.inf)
+            await job.run(self._workers)
         finally:
             self._jobs.discard(job)
             if job.abandoned:
@@ -219,11 +227,13 @@ class _Serving:
 
     async def _join_requests(self) -> None:
         """Wait until no request is left; those that nobody would wait for are cancelled."""
-        if self._has_daemon_threads() or not getattr(self._server, "block_on_close", True):
-            self._cancel_requests()
         with trio.CancelScope(shield=True):  # They are cancelled by scopes of their own.
-            while self._requests:
-                await self._progress.wait()
+            if self._has_daemon_threads() or not getattr(
+                self._server, "block_on_close", True
+            ):
+                await self._wait_until(lambda: not self._requests, ANSWER_GRACE)
+                self._cancel_requests()
+            await self._wait_until(lambda: not self._requests, math.inf)
 
     # -- stopping --------------------------------------------------------------------
 
@@ -279,7 +289,7 @@ class _Serving:
             abandon_at_once=True,
         )
         try:
-            await job.run(self._workers, math.inf)
+            await job.run(self._workers)
         except Exception as error:
             log_error(error, "shutdown() of %r failed", self._server)
 

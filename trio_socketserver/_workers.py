@@ -71,8 +71,9 @@ class Job:
         function: what to call there.
         name: the thread's name meanwhile.
         wake: called in trio's thread when the job is cancelled; makes the function return.
-        daemon: whether it may be abandoned. (In such a job `trio.from_thread.run` runs in a
-            system task, which cannot be cancelled; so it is asked for beforehand.)
+        daemon: whether it may be abandoned. That has its price: in such a job
+            `trio.from_thread.run` runs in a system task, which nothing cancels, and
+            `trio.from_thread.check_cancelled` raises only when it has been abandoned.
         abandon_at_once: whether cancelling abandons it.
         must_run: whether it is to be called even if it is cancelled before that.
         release: called, if the job has been abandoned, in the thread when it has ended.
@@ -130,12 +131,8 @@ class Job:
 
     # A KeyboardInterrupt must not get between a thread and the task that owns it.
     @trio.lowlevel.enable_ki_protection
-    async def run(self, workers: Workers, limit: float) -> None:
-        """Have a worker do the job, and wait for it; once only.
-
-        Args:
-            workers: who does it.
-            limit: how many workers there may be; beyond, the job waits for its turn.
+    async def run(self, workers: Workers) -> None:
+        """Have a worker do the job, when there may be one more, and wait for it; once only.
 
         Raises:
             BaseException: what the function raises, unless the job has been cancelled.
@@ -144,19 +141,21 @@ class Job:
         if not self._must_run:
             await trio.lowlevel.checkpoint_if_cancelled()
         self._task = trio.lowlevel.current_task()
-        workers.assign(self, limit)
+        workers.assign(self)
         await trio.lowlevel.wait_task_rescheduled(self._abort)
+        # Out of the job: the error's traceback, which is to hold this frame, holds the job.
+        result, self._outcome = self._outcome, None
         if self._raise_cancel is not None:
             self._raise_cancel()
-        assert self._outcome is not None
-        self._outcome.unwrap()
+        assert result is not None
+        result.unwrap()
 
     def _abort(self, raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
         self._cancelled = True
         if self._worker is None:  # It waits for its turn.
             self._task = None
             return trio.lowlevel.Abort.SUCCEEDED
-        if self._begun or not self._must_run:
+        if not self.daemon and (self._begun or not self._must_run):
             self._worker.scope.cancel()
         self._wake()
         if self._abandon_at_once:
@@ -175,6 +174,7 @@ class Job:
     def _leave(self) -> None:
         assert self._worker is not None
         self.abandoned = True
+        self._worker.scope.cancel()
         self._worker.pool.abandon()
 
     @property
@@ -210,10 +210,13 @@ class Job:
         try:
             if not self._cancelled or self._must_run:
                 self._begun = True
-                if self._cancelled:  # Too early for a thread that did not run yet.
+                if self._cancelled and not self.daemon:
+                    # That was too early for a thread that did not run yet.
                     worker.pool.token.run_sync_soon(worker.scope.cancel)
-                threading.current_thread().name = self.name
+                thread = threading.current_thread()
+                thread.name, its_own = self.name, thread.name
                 self._outcome = self._context.run(outcome.capture, self._function)
+                thread.name = its_own
             worker.pool.tell_finished(self)
         except trio.RunFinishedError:
             # Abandoned by a program that has long gone on.
@@ -224,27 +227,34 @@ class Job:
 class _Worker:
     """A thread that does jobs, and its host in trio."""
 
-    __slots__ = ("calls", "daemon", "pool", "scope")
+    __slots__ = ("_first", "calls", "daemon", "pool", "scope")
 
-    def __init__(self, pool: Workers, daemon: bool) -> None:
+    def __init__(self, pool: Workers, first: Job) -> None:
         self.pool = pool
-        self.daemon = daemon
+        self._first: Job | None = first
+        self.daemon = first.daemon
         self.calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self.scope = trio.CancelScope(shield=True)
 
-    async def host(self, first: Job) -> None:
+    async def host(self) -> None:
         """Have a thread and wait for its end, which comes at once if none can be had."""
         # Past its first step `to_thread` looks for a cancellation in the thread only.
         if not self.scope.cancel_called:
             try:
                 with self.scope:
                     await trio.to_thread.run_sync(
-                        self._work, abandon_on_cancel=self.daemon, limiter=self.pool.limiter
+                        self._work,
+                        thread_name="trio_socketserver worker",
+                        abandon_on_cancel=self.daemon,
+                        limiter=self.pool.limiter,
                     )
             except Exception as error:  # The thread could not be started.
-                first.fail(error)
+                assert self._first is not None
+                self._first.fail(error)
             else:
                 return
+        first, self._first = self._first, None
+        assert first is not None
         if first.abandoned:
             first.release()
             self.pool.abandoned_has_ended()
@@ -254,6 +264,7 @@ class _Worker:
 
     def _work(self) -> None:
         _this_thread.is_worker = True
+        self._first = None
         try:
             while True:
                 try:
@@ -290,6 +301,7 @@ class Workers:
     Args:
         start_soon: starts the tasks that host the threads, in a nursery that is left after
             `close` only.
+        limit: tells how many jobs may be done at once; the others wait for their turn.
         on_room: called when an abandoned thread has ended after all.
 
     Attributes:
@@ -297,12 +309,16 @@ class Workers:
     """
 
     def __init__(
-        self, start_soon: StartSoon, on_room: Callable[[], object] = _nothing
+        self,
+        start_soon: StartSoon,
+        limit: Callable[[], float] = lambda: math.inf,
+        on_room: Callable[[], object] = _nothing,
     ) -> None:
         self._start_soon = start_soon
+        self._limit = limit
         self._on_room = on_room
         self._idle: list[_Worker] = []
-        self._waiting: collections.deque[tuple[Job, float]] = collections.deque()
+        self._waiting: collections.deque[Job] = collections.deque()
         self._finished: collections.deque[Job] = collections.deque()
         self._told = False
         self._count = 0
@@ -326,22 +342,22 @@ class Workers:
         while self._finished:
             self._finished.popleft().finished()
 
-    def assign(self, job: Job, limit: float) -> None:
+    def assign(self, job: Job) -> None:
         """Have a job done, now or when it is its turn."""
-        self._waiting.append((job, limit))
+        self._waiting.append(job)
         self._dispatch()
 
     def _dispatch(self) -> None:
         while self._waiting:
-            job, limit = self._waiting[0]
+            job = self._waiting[0]
             if job.waits_for_turn:
                 if self._idle and self._idle[-1].daemon is job.daemon:
                     job.start(self._idle.pop())
-                elif self._count - len(self._idle) < limit:
-                    worker = _Worker(self, job.daemon)
+                elif self._count - len(self._idle) < self._limit():
+                    worker = _Worker(self, job)
                     job.start(worker)
                     self._count += 1
-                    self._start_soon(worker.host, job, name="worker thread")
+                    self._start_soon(worker.host, name="worker thread")
                 else:
                     return
             self._waiting.popleft()
