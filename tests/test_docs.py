@@ -4,6 +4,7 @@ and names in tables are those of the package."""
 from __future__ import annotations
 
 import ast
+import http.server
 import importlib.util
 import inspect
 import math
@@ -35,7 +36,7 @@ from helpers import connect, is_refused, receive
 
 import trio_socketserver
 from trio_socketserver._accept import BACK_OFF_FIRST, BACK_OFF_LIMIT
-from trio_socketserver._cli import DEFAULT_BIND, make_parser
+from trio_socketserver._cli import DEFAULT_BIND, make_parser, make_server
 from trio_socketserver._draining import FIRST_LINE_GRACE
 from trio_socketserver._files import LINES_IN_A_ROW, MAX_LINE_SIZE, WRITE_BUFFER_SIZE
 from trio_socketserver._hooks import COROUTINE_HOOKS, PLAIN_HOOKS
@@ -43,6 +44,8 @@ from trio_socketserver._lifecycle import TRANSITIONS, LoopEvent, LoopState
 from trio_socketserver._run import GRACEFUL_TIMEOUT
 from trio_socketserver._server import BATCH
 from trio_socketserver._sockets import RECEIVE_SIZE
+from trio_socketserver._stdlib_servers import DAEMON_GRACE, SHUTDOWN_TIMEOUT
+from trio_socketserver._workers import IDLE_SECONDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -322,6 +325,47 @@ def client_command(block: Block, folder: Path) -> None:
                 block.text.replace("python3", shlex.quote(sys.executable)),
                 unused.getsockname()[1],
             )
+
+
+@scenario("README.md: Start a server 4")
+def share_a_folder(block: Block, folder: Path) -> None:
+    ((python, *arguments),) = commands(block)
+    assert python == "python"
+    (folder / "file").write_bytes(b"hello\n")
+    with Program(folder, *arguments, "--bind", "127.0.0.1:0") as server:
+        port = int(server.line().rpartition(":")[2])
+        assert f"curl http://127.0.0.1:{port}/" in server.line()
+        answer = exchange(("127.0.0.1", port), b"GET /file HTTP/1.0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.0 200 OK\r\n")
+        assert answer.endswith(b"\r\n\r\nhello\n")
+        server.interrupt()
+        code, stdout, stderr = server.end()
+        assert code == 0
+        assert "completed 1" in stdout
+        assert "GET /file" in stderr
+
+
+@scenario("README.md: Port a server in four steps 3")
+def whole_server(block: Block, folder: Path) -> None:
+    namespace: dict[str, Any] = {
+        "trio": trio,
+        "http": http,
+        "serve_blocking": trio_socketserver.serve_blocking,
+        "address": ("127.0.0.1", 0),
+    }
+
+    async def main() -> None:
+        with trio.fail_after(LIMIT), trio.CancelScope() as whole:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(execute, block, namespace)
+                await trio.testing.wait_all_tasks_blocked()
+                address = namespace["server"].server_address
+                page = await in_thread(exchange, address, b"HEAD / HTTP/1.0\r\n\r\n")
+                assert page.startswith(b"HTTP/1.0 200 OK\r\n")
+                whole.cancel()
+        assert is_refused(address)
+
+    trio.run(main)
 
 
 @scenario("README.md: Run the tests")
@@ -690,6 +734,227 @@ def several(block: Block, folder: Path) -> None:
         assert say(admin, "?") == ["2 requests"]
 
 
+# -- porting: the same client, before and after --------------------------------------------
+
+
+@scenario(
+    "porting.rst: notes_before.py",
+    "porting.rst: notes_whole.py",
+    "porting.rst: notes_server.py",
+    "porting.rst: notes_after.py",
+)
+def notes(block: Block, folder: Path) -> None:
+    # The whole server is imported from the first program.
+    before = BLOCKS["porting.rst: notes_before.py"].text
+    (folder / "notes_before.py").write_text(re.sub(r"\b9999\b", "0", before))
+    with Program.of(block, folder) as program:
+        address = program.address()
+        with connect(address) as first, first.makefile("rb") as answers:
+            first.sendall(b"add milk\nadd bread\nmumble\nshow\n")
+            assert answers.readline() == b"note 1\n"
+            assert answers.readline() == b"note 2\n"
+            assert answers.readline() == b"milk, bread\n"
+            assert say(address, "add tea", "show") == ["note 3", "milk, bread, tea"]
+            with socket.create_connection(address, LIMIT, ("127.0.0.2", 0)) as stranger:
+                assert stranger.recv(1) == b""
+        assert exchange(address, b"add last\nstop\nadd none\n") == b"note 4\n"
+        assert program.end() == (0, "", "")
+
+
+def test_the_handler_that_is_kept_is_the_same() -> None:
+    """Step two of the guide leaves it alone, and step three what is no handler."""
+
+    def classes(name: str) -> dict[str, str]:
+        tree = ast.parse(BLOCKS[f"porting.rst: {name}"].text)
+        return {n.name: ast.unparse(n) for n in tree.body if isinstance(n, ast.ClassDef)}
+
+    before, server, after = map(
+        classes, ["notes_before.py", "notes_server.py", "notes_after.py"]
+    )
+    assert server["Notes"] == before["Notes"]
+    without_lock = after["NotesServer"].splitlines()
+    kept = server["NotesServer"].splitlines()
+    assert [line for line in kept if "lock" not in line] == without_lock
+
+
+@scenario("porting.rst: background_before.py", "porting.rst: background_after.py")
+def background(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert say(address, "one", "two") == ["thank you"] * 2
+        assert say(address, "three") == ["thank you"]
+        assert program.end() == (0, "3 lines\n", "")
+
+
+@scenario("porting.rst: hooks_before.py", "porting.rst: hooks_after.py")
+def hooks(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        for divisor, quotient, error in [
+            (b"5", b"20\n", []),
+            (b"0", b"", ["error: integer division or modulo by zero"]),
+            (b"100", b"1\n", []),
+        ]:
+            assert exchange(address, divisor) == quotient
+            lines = ["begin", *error, "end"]
+            assert [program.line() for _ in lines] == lines
+
+
+@scenario("porting.rst: by_hand_before.py", "porting.rst: by_hand_after.py")
+def by_hand(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(LIMIT)
+            client.connect(program.address())
+            for word in (b"one", b"two", b"three"):
+                client.send(word)
+                assert client.recv(99) == word.upper()
+        assert program.end() == (0, "three datagrams\n", "")
+
+
+def test_each_program_to_port_has_one_that_is_ported() -> None:
+    names = [block.name for block in BLOCKS.values() if block.document == "porting.rst"]
+    before = {n.removesuffix("_before.py") for n in names if n.endswith("_before.py")}
+    after = {n.removesuffix("_after.py") for n in names if n.endswith("_after.py")}
+    assert before == after
+    assert len(before) == 4
+    for name in before:
+        for when, theirs in (("before", "socketserver"), ("after", "trio_socketserver")):
+            text = BLOCKS[f"porting.rst: {name}_{when}.py"].text
+            assert ("trio" in text) == (when == "after")
+            assert f"import {theirs}" in text or f"from {theirs} import" in text
+        before_driver, after_driver = (
+            SCENARIOS[f"porting.rst: {name}_{when}.py"] for when in ("before", "after")
+        )
+        assert before_driver is after_driver
+
+
+def test_the_table_of_porting_names_what_there_is() -> None:
+    """Each hook of the standard library has a row, and each name of ours exists."""
+    (rows,) = rst_tables("porting.rst", "What you had, what you write").values()
+    had = " ".join(cell for cell, _ in rows)
+    for hook in {*COROUTINE_HOOKS, "daemon_threads", "block_on_close", "timeout"} - {
+        "collect_children"  # It comes with ForkingMixIn.
+    }:
+        assert re.search(rf"\b{hook}\b", had), hook
+    assert all(cell for row in rows for cell in row)
+    (pitfalls,) = rst_tables("porting.rst", "What became of the pitfalls").values()
+    assert all(len(row) == 3 and all(row) for row in pitfalls)
+
+
+# -- blocking handlers ---------------------------------------------------------------------
+
+
+@scenario("blocking.rst: facts.py")
+def facts(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        first, second = (exchange(address, b"").decode() for _ in range(2))
+        assert second == BLOCKS["blocking.rst: facts"].text
+        assert first == second.replace("before: True", "before: False")
+        program.end_quietly()
+
+
+def test_facts_of_a_whole_server() -> None:
+    """What the porting guide says of the same handler under `serve_blocking`."""
+    namespace = loaded(BLOCKS["blocking.rst: facts.py"])
+
+    class TellingServer(socketserver.ThreadingTCPServer):
+        pass
+
+    namespace["TellingServer"] = TellingServer
+    server = TellingServer(("127.0.0.1", 0), namespace["Tell"])
+
+    async def main() -> bytes:
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                address = await nursery.start(trio_socketserver.serve_blocking, server)
+                await in_thread(exchange, address, b"")
+                told: bytes = await in_thread(exchange, address, b"")
+                nursery.cancel_scope.cancel()
+        return told
+
+    expected = BLOCKS["blocking.rst: facts"].text
+    for mix_in, holds in (("old", True), ("new", False)):
+        expected = expected.replace(
+            f"the {mix_in} mix-in: {not holds}", f"the {mix_in} mix-in: {holds}"
+        )
+    assert trio.run(main).decode() == expected
+    assert type(server) is TellingServer
+
+
+@scenario("blocking.rst: tickets.py")
+def tickets(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert [exchange(address, b"") for _ in range(3)] == [
+            b"ticket %d\n" % number for number in (1, 2, 3)
+        ]
+
+
+@scenario("blocking.rst: context.py")
+def context(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        for _ in range(2):
+            assert exchange(address, b"") == b"hello, neighbour\n"
+            with socket.create_connection(address, LIMIT, ("127.0.0.2", 0)) as stranger:
+                assert stranger.recv(99) == b"hello, nobody\n"
+        program.end_quietly()
+
+
+@scenario("blocking.rst: computing.py")
+def computing(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        with connect(program.address()) as client:
+            assert client.recv(99) == b"begun\n"
+            program.interrupt()
+            assert client.recv(99) == b""
+        assert program.end() == (0, "", "")
+
+
+@scenario("blocking.rst: pages.py")
+def pages(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        for _ in range(2):
+            status, _, page = exchange(address, b"GET / HTTP/1.0\r\n\r\n").partition(
+                b"\r\n"
+            )
+            assert status == b"HTTP/1.0 200 OK"
+            assert page.endswith(b"\r\n\r\na page\n")
+        with connect(address) as silent:
+            stopped = exchange(address, b"POST / HTTP/1.0\r\n\r\n")
+            assert stopped.startswith(b"HTTP/1.0 204 ")
+            assert silent.recv(1) == b""
+        assert program.end() == (0, "shut down\n", "")
+
+
+STDLIB_QUEUE = socketserver.TCPServer.request_queue_size
+WORDS = {1: "one", 5: "five", 10: "ten"}
+
+
+@pytest.mark.parametrize(
+    ("document", "phrase"),
+    [
+        ("blocking.rst", f"end after {WORDS[IDLE_SECONDS]} seconds"),
+        ("blocking.rst", f"is {trio_socketserver.ThreadingMixIn.max_threads}. It bounds"),
+        ("blocking.rst", f"{WORDS[SHUTDOWN_TIMEOUT]} seconds later, SIGKILL"),
+        ("blocking.rst", f"abandoned after {WORDS[DAEMON_GRACE]} second"),
+        ("blocking.rst", f"{WORDS[STDLIB_QUEUE]} connections in the queue"),
+        (
+            "porting.rst",
+            f"``max_threads`` is {trio_socketserver.ThreadingMixIn.max_threads}",
+        ),
+        ("porting.rst", f"``max_tasks`` = {trio_socketserver.NurseryUDPServer.max_tasks}"),
+        ("porting.rst", f"``request_queue_size`` is {STDLIB_QUEUE}: in a burst"),
+        ("porting.rst", f"It is {trio_socketserver.TCPServer.request_queue_size}."),
+    ],
+)
+def test_numbers_of_threads(document: str, phrase: str) -> None:
+    assert phrase in " ".join((ROOT / "docs" / document).read_text().split())
+
+
 # -- names and numbers ---------------------------------------------------------------------
 
 
@@ -805,7 +1070,22 @@ def test_reference_covers_the_command() -> None:
     assert f"without it {GRACEFUL_TIMEOUT:g}" in meanings["--graceful-timeout"]
     dispatch = next(a for a in parser._actions if a.dest == "dispatch")
     assert "{" + ",".join(map(str, dispatch.choices or [])) + "}" in str(rows)
-    assert dispatch.default == "nursery"
+    assert dispatch.default is None
+    without = re.findall(r"``(\w+)`` for an? (\w+)", meanings["--dispatch"])
+    assert dict(without) == {
+        server.__name__.removesuffix("TCPServer").lower(): colour
+        for server, colour in (
+            (type_served("trio_socketserver._cli:EchoStream"), "asynchronous"),
+            (type_served("http.server:SimpleHTTPRequestHandler"), "blocking"),
+        )
+    }
+
+
+def type_served(handler: str) -> type:
+    """Return the class of the server that the command makes for a handler."""
+    server = make_server(make_parser().parse_args([handler, "--bind", "127.0.0.1:0"]))
+    with server.socket:  # type: ignore[attr-defined]
+        return type(server)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -16,12 +17,17 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
+import urllib.request
+import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from helpers import (
     connect,
     line_of,
@@ -100,6 +106,16 @@ def test_an_example_is_short_and_explains_itself(path):
     assert isinstance(last, ast.If)
     assert ast.unparse(last.test) == "__name__ == '__main__'"
     assert f'example("{path.name}"' in Path(__file__).read_text()
+
+
+def load(name: str) -> Any:
+    """Import an example, which is not started by that."""
+    spec = importlib.util.spec_from_file_location(
+        f"example_{Path(name).stem}", FOLDER / name
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tried_commands(name: str, address: tuple[str, int]) -> Iterator[str]:
@@ -360,9 +376,7 @@ def test_framed_protocol_refuses_a_large_frame(digests):
 
 
 async def test_framed_protocol_does_not_wait_for_ever(autojump_clock):
-    spec = importlib.util.spec_from_file_location("framed", FOLDER / "framed_protocol.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("framed_protocol.py")
     async with NurseryTCPServer(("127.0.0.1", 0), module.Digests) as server:
         with connect(server.server_address) as client:
             client.sendall(LENGTH.pack(5) + b"hell")
@@ -398,3 +412,181 @@ def test_access_control(networks, reply):
             assert receive_until_closed(client) == reply
         n = 2 if reply else 1
         assert end(process) == f"{n} clients served, {2 - n} rejected\n"
+
+
+# -- static_files.py -----------------------------------------------------------------------
+
+
+def fetch(connection: Client, path: str) -> tuple[bytes, bytes]:
+    """Ask for a file on a connection that is kept; return the status line and the file."""
+    connection.sock.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
+    status, size = connection.hear(), 0
+    while header := connection.hear():
+        name, _, value = header.partition(b": ")
+        if name == b"Content-Length":
+            size = int(value)
+    return status, connection.file.read(size)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_static_files(number, tmp_path):
+    data = bytes(range(256)) * 4096
+    (tmp_path / "file").write_bytes(data)
+    with example("static_files.py", "0", str(tmp_path)) as process:
+        address = printed_address(line_of(process))
+        with Client(address) as first, Client(address) as second:
+            for client in (first, second, first):
+                assert fetch(client, "/file") == (b"HTTP/1.1 200 OK", data)
+                assert line_of(process) == '"GET /file HTTP/1.1" 200 -\n'
+        assert answers("static_files.py", address) == ["200\n"]
+        assert line_of(process) == '"GET / HTTP/1.1" 200 -\n'
+        assert end(process, number) == "3 connections served\n"
+
+
+def test_static_files_lets_a_download_end(tmp_path):
+    data = bytes(8 * 1024 * 1024)  # More than the kernel holds.
+    (tmp_path / "file").write_bytes(data)
+    with example("static_files.py", "0", str(tmp_path)) as process:
+        with Client(printed_address(line_of(process))) as client:
+            client.sock.sendall(b"GET /file HTTP/1.0\r\n\r\n")
+            assert client.hear() == b"HTTP/1.1 200 OK"
+            process.send_signal(signal.SIGTERM)
+            while client.hear():
+                pass
+            assert client.file.read() == data
+        assert end_of(process).endswith("\n1 connections served\n")
+
+
+async def test_static_files_does_not_wait_for_the_silent(mock_clock, tmp_path, capsys):
+    module = load("static_files.py")
+    (tmp_path / "file").write_bytes(b"hello")
+    files = functools.partial(module.Files, directory=str(tmp_path))
+    async with module.FileServer(("127.0.0.1", 0), files) as server:
+        with Client(server.server_address) as silent:
+            await server.handle_request()
+            status, data = await trio.to_thread.run_sync(fetch, silent, "/file")
+            assert (status, data) == (b"HTTP/1.1 200 OK", b"hello")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.server_close)
+                await trio.testing.wait_all_tasks_blocked()
+                mock_clock.jump(4.9)
+                await trio.testing.wait_all_tasks_blocked()
+                assert server.statistics().active == 1
+                mock_clock.jump(0.2)
+                assert await trio.to_thread.run_sync(silent.hear) == b""
+    assert server.statistics().cancelled == 1
+    assert capsys.readouterr().out == '"GET /file HTTP/1.1" 200 -\n'
+
+
+# -- xmlrpc_service.py ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_xmlrpc_service(number):
+    with example("xmlrpc_service.py", "0") as process:
+        address = printed_address(line_of(process))
+        assert answers("xmlrpc_service.py", address) == ["tomorrow: sun\n"]
+        with Client(address) as silent:
+            silent.sock.sendall(b"POST / HTTP/1.0\r\n")
+            process.send_signal(number)
+            assert receive_until_closed(silent.sock) == b""
+        assert end_of(process) == "1 calls answered\n"
+
+
+def test_xmlrpc_service_stopped_by_a_client():
+    with example("xmlrpc_service.py", "0") as process:
+        host, port = printed_address(line_of(process))
+        with xmlrpc.client.ServerProxy(f"http://{host}:{port}", allow_none=True) as proxy:
+            assert proxy.forecast("today") == "today: sun"
+            with pytest.raises(xmlrpc.client.Fault, match="is not supported"):
+                proxy.unknown()
+            assert proxy.stop() is None
+        assert end_of(process) == "1 calls answered\n"
+
+
+async def test_xmlrpc_service_changes_its_mind(autojump_clock):
+    forecast = load("xmlrpc_service.py").Forecast()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(forecast.change)
+        assert forecast.answer("now") == "now: sun"
+        await trio.sleep(61)
+        assert forecast.answer("later") == "later: rain"
+        nursery.cancel_scope.cancel()
+    assert forecast.asked == 2
+
+
+# -- blocking_handler.py -------------------------------------------------------------------
+
+
+def test_blocking_handler():
+    with (
+        example("blocking_handler.py", "0") as process,
+        Client(address := printed_address(line_of(process))) as first,
+        Client(address) as second,
+    ):
+        for count, client in enumerate((first, second, first), 1):
+            client.say(b"line %d" % count)
+            assert client.hear() == b"published"
+            assert line_of(process) == f"{count}: 'line {count}'\n"
+        assert answers("blocking_handler.py", address) == ["b'published\\n'\n"]
+        assert line_of(process) == "4: 'hello'\n"
+        process.send_signal(signal.SIGTERM)
+        second.say(b"the last one")
+        assert second.hear() == b"published"
+        second.sock.shutdown(socket.SHUT_WR)
+        assert second.hear() == b""
+        assert first.hear() == b""  # After three seconds of silence.
+        assert end_of(process) == "5: 'the last one'\n"
+
+
+def test_blocking_handler_waits_for_the_channel():
+    """Many clients at once: each line is published, and none twice."""
+    with example("blocking_handler.py", "0") as process:
+        address = printed_address(line_of(process))
+
+        def client(n: int) -> None:
+            with Client(address) as one:
+                for k in range(25):
+                    one.say(b"%d %d" % (n, k))
+                    assert one.hear() == b"published"
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        lines = [line_of(process).split(": ", 1) for _ in range(200)]
+        for thread in threads:
+            thread.join()
+        assert [int(number) for number, _ in lines] == list(range(1, 201))
+        assert {line for _, line in lines} == {
+            f"'{n} {k}'\n" for n in range(8) for k in range(25)
+        }
+        assert end(process, signal.SIGINT) == ""
+
+
+# -- whole_server.py -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_whole_server(number):
+    with example("whole_server.py", "0") as process:
+        address = printed_address(line_of(process))
+        assert answers("whole_server.py", address) == ["b'you are number 1\\n'\n"]
+        with Client(address) as silent:
+            host, port = address
+            with urllib.request.urlopen(f"http://{host}:{port}/", timeout=5) as response:
+                assert response.read() == b"you are number 2\n"
+            process.send_signal(number)
+            assert silent.hear() == b""
+        assert end_of(process) == "2 requests served\n"
+
+
+def test_whole_server_ends_by_itself():
+    with example("whole_server.py", "0", "0.1") as process:
+        assert end_of(process).endswith("0 requests served\n")
+
+
+async def test_whole_server_reports(autojump_clock, capsys):
+    whole_server = load("whole_server.py")
+    with trio.move_on_after(25):
+        await whole_server.report(SimpleNamespace(counted=7))
+    assert capsys.readouterr().out == "7 requests so far\n" * 2

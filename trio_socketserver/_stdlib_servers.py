@@ -70,8 +70,9 @@ async def serve_blocking(  # noqa: ASYNC128 (_Serving.serve() calls started())
     its loop in one, each request of a `socketserver.ThreadingMixIn` in one of its own, from
     ``process_request_thread()`` to the closing. A server without a mix-in handles its
     requests one at a time in the loop's thread, one with `socketserver.ForkingMixIn` forks
-    there. `trio.from_thread` works in all of these threads. Overrides are honoured; what
-    they call by ``super()`` is ours.
+    there. `trio.from_thread` works in all of these threads. They are used again for later
+    requests, so a `threading.local` may hold what an earlier one left there. Overrides are
+    honoured; what they call by ``super()`` is ours.
 
     ``server.shutdown()`` ends it, from any thread or handler, and does not deadlock there.
     Then requests are joined; if ``block_on_close`` is false or ``daemon_threads`` true,
