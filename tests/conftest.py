@@ -44,7 +44,7 @@ def children() -> set[str]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _only_what_tests_make() -> Iterator[None]:
-    """Take what pytest itself has made out of each test's collection, which walks all."""
+    """Take what is there already out of each test's collection, which would walk it all."""
     gc.collect()
     gc.freeze()
     yield
@@ -57,6 +57,7 @@ def no_leaks() -> Iterator[None]:
     before = open_descriptors(), live_threads(), children()
     yield
     gc.collect()
+    gc.freeze()  # What a test has imported stays.
     descriptors = {
         number: target
         for number, target in open_descriptors().items()

@@ -1,6 +1,7 @@
 """What several of the promise tests need; the promises are numbered as in the design.
 
-Promises 4 and 5 are about threads and child processes, which come in later releases.
+Promise 4 is about threads, see test_blocking_cancellation; 5 about child processes, which
+come in a later release.
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ def test_an_address_in_use_is_an_error_of_the_constructor(
 
 
 @each_server
-def test_what_is_no_handler_leaks_nothing(
-    server_class: type[Any], tmp_path: Path
-) -> None:
+def test_what_is_no_handler_leaks_nothing(server_class: type[Any], tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     with pytest.raises(TypeError, match="callable"):
         server_class(bind_address(server_class, tmp_path), None)

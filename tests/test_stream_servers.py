@@ -197,9 +197,7 @@ def test_a_failing_hook_of_the_constructor_leaks_nothing(
 
 
 @each_server
-def test_what_is_no_handler_leaks_nothing(
-    server_class: type[Any], tmp_path: Path
-) -> None:
+def test_what_is_no_handler_leaks_nothing(server_class: type[Any], tmp_path: Path) -> None:
     with leaking_nothing(tmp_path), pytest.raises(TypeError, match="callable"):
         server_class(bind_address(server_class, tmp_path), None)
 

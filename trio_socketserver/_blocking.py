@@ -22,7 +22,7 @@ from ._blocking_sockets import lend
 from ._handlers import BaseRequestHandler
 from ._log import log
 from ._server_view import view_of
-from ._workers import Job, StartSoon, Workers
+from ._workers import Job, StartSoon, Workers, call_trio
 
 _numbers = itertools.count(1)
 
@@ -54,8 +54,8 @@ class BlockingWorld:
     def __init__(self, server: Host, start_soon: StartSoon) -> None:
         self._server = server
         self._workers = Workers(start_soon, self._limit, server._note_room)
-        self._token = trio.lowlevel.current_trio_token()
-        self._view = view_of(server, self._token)
+        self._call = functools.partial(call_trio, trio.lowlevel.current_trio_token())
+        self._view = view_of(server, self._call)
 
     @property
     def abandoned(self) -> int:
@@ -82,9 +82,11 @@ class BlockingWorld:
         Cancellation: wakes the thread where it waits for the peer, and waits for its end.
         """
         server = self._server
-        loan = lend(request, self._token)
+        loan = lend(request, self._call)
         job = Job(
-            functools.partial(_call, handler, loan.request, client_address, self._view),
+            functools.partial(
+                run_blocking, handler, loan.request, client_address, self._view
+            ),
             name=f"{type(server).__name__} request {next(_numbers)}",
             wake=loan.wake,
             daemon=(daemon := server._has_daemon_threads()),
@@ -105,10 +107,14 @@ class BlockingWorld:
                 loan.end()
 
 
-def _call(
+def run_blocking(
     handler: Callable[..., object], request: Any, client_address: Any, server: Any
 ) -> None:
-    """Call a handler, in the thread."""
+    """Run a blocking handler, where it may block.
+
+    Raises:
+        TypeError: it has returned something to await.
+    """
     result = handler(request, client_address, server)
     if not (inspect.isawaitable(result) or isinstance(result, BaseRequestHandler)):
         return

@@ -23,7 +23,7 @@ from typing import Any, Final
 import trio
 
 from ._sockets import DatagramSocket, StreamSocket
-from ._workers import call_trio
+from ._workers import CallTrio
 
 WAITING: Final = (
     "recv",
@@ -47,16 +47,16 @@ class DatagramView(socket.socket):
 
     Args:
         sender: what the server replies with.
-        token: the trio run in which to wait.
+        call: what waits in trio.
     """
 
-    __slots__ = ("_scopes", "_seconds", "_sender", "_token", "_woken")
+    __slots__ = ("_call", "_scopes", "_seconds", "_sender", "_woken")
 
-    def __init__(self, sender: DatagramSocket, token: trio.lowlevel.TrioToken) -> None:
+    def __init__(self, sender: DatagramSocket, call: CallTrio) -> None:
         sock = sender.socket
         super().__init__(sock.family, sock.type, sock.proto, fileno=os.dup(sock.fileno()))
         self._sender = sender
-        self._token = token
+        self._call = call
         self._seconds = socket.getdefaulttimeout()
         self._scopes: set[trio.CancelScope] = set()
         self._woken = False
@@ -82,10 +82,12 @@ class DatagramView(socket.socket):
 
     def _wait(self, function: Callable[..., Any], *args: Any) -> Any:
         """Await *function* in trio, within the timeout."""
+        if self._woken:
+            raise BrokenPipeError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
         async def bounded() -> Any:
             seconds = math.inf if self._seconds is None else self._seconds
-            with trio.move_on_after(0 if self._woken else seconds) as scope:
+            with trio.move_on_after(seconds) as scope:
                 self._scopes.add(scope)
                 try:
                     return await function(*args)
@@ -95,7 +97,7 @@ class DatagramView(socket.socket):
                 raise BrokenPipeError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
             raise TimeoutError("timed out")
 
-        return call_trio(self._token, bounded)
+        return self._call(bounded)
 
     def wake(self) -> None:
         """End every wait on this view, now and from now on; called in trio's thread."""
@@ -185,13 +187,11 @@ class _StreamLoan(Loan):
 
 
 class _DatagramLoan(Loan):
-    __slots__ = ("_token", "_view")
+    __slots__ = ("_call", "_view")
 
-    def __init__(
-        self, data: bytes, sender: DatagramSocket, token: trio.lowlevel.TrioToken
-    ) -> None:
-        self._token = token
-        self._view = DatagramView(sender, token)
+    def __init__(self, data: bytes, sender: DatagramSocket, call: CallTrio) -> None:
+        self._call = call
+        self._view = DatagramView(sender, call)
         self.request = (data, self._view)
 
     def wake(self) -> None:
@@ -203,21 +203,29 @@ class _DatagramLoan(Loan):
         self._view.close()
 
     def close(self) -> None:
+        async def end() -> None:
+            self.end()
+
+        if trio.lowlevel.in_trio_run():  # There was no thread yet.
+            self.end()
+            return
         try:
-            self._token.run_sync_soon(self.end)
+            self._call(end)
         except trio.RunFinishedError:
             self._view.close()
 
 
-def lend(request: Any, token: trio.lowlevel.TrioToken) -> Loan:
+def lend(request: Any, call: CallTrio) -> Loan:
     """Give a request to a blocking handler, in the form it knows.
 
-    What is neither a connection nor a datagram is given as it is.
+    Args:
+        request: what is neither a connection nor a datagram is given as it is.
+        call: what waits in trio, where a handler has to.
     """
     match request:
         case StreamSocket():
             return _StreamLoan(request)
         case (data, DatagramSocket() as sender):
-            return _DatagramLoan(data, sender, token)
+            return _DatagramLoan(data, sender, call)
         case _:
             return Loan(request)

@@ -14,6 +14,7 @@ import ssl
 import trio
 
 __all__ = [
+    "ChildFailed",
     "ConnectionBroken",
     "IncompleteRead",
     "LineTooLong",
@@ -50,6 +51,14 @@ class LineTooLong(ValueError):
 
     Nothing is consumed: what has arrived is still in the buffer. `socketserver` has no
     such limit, so there a peer that sends no newline fills the server's memory.
+    """
+
+
+class ChildFailed(RuntimeError):
+    """A child process has failed in a way that is no exception of its handler's.
+
+    It was ended by a signal, or has exited with a status; or its handler's exception could
+    not be pickled, which the message then describes. `socketserver` tells nobody.
     """
 
 

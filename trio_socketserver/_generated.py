@@ -32,9 +32,10 @@ def generated_class(
     """
     before = [base for base in behind if issubclass(base, theirs)]
     behind = tuple(base for base in behind if base not in before)
+    unheard = () if issubclass(theirs, _Unheard) else (_Unheard,)
     names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__}
     return types.new_class(
         theirs.__name__,
-        (_Unheard, *before, theirs, *behind),
+        (*unheard, *before, theirs, *behind),
         exec_body=lambda body: body.update(names | dict(namespace)),
     )

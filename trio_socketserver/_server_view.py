@@ -14,11 +14,9 @@ import sys
 import types
 from typing import Any
 
-import trio
-
 from ._colour import is_asynchronous
 from ._generated import generated_class
-from ._workers import call_trio
+from ._workers import CallTrio
 
 
 class _BlockingMethod:
@@ -35,11 +33,9 @@ class _BlockingMethod:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             function = functools.partial(method, *args, **kwargs)
-            if trio.lowlevel.in_trio_run():
-                return function()
             if self._name == "handle_error" and (error := sys.exception()) is not None:
                 function = functools.partial(_while_handling, error, function)
-            return call_trio(view._token, function)
+            return view._call(function)
 
         return call
 
@@ -65,8 +61,8 @@ def _is_method(attribute: object) -> bool:
 
 def _view_class(server_class: type) -> Any:
     namespace: dict[str, Any] = {
-        "__slots__": ("_token", "_viewed"),
-        "__class__": property(lambda view: type(view._viewed)),
+        "__slots__": ("_call", "_viewed"),
+        "__class__": property(lambda view: view._viewed.__class__),
     }
     for name in dir(server_class):
         attribute = inspect.getattr_static(server_class, name)
@@ -86,15 +82,15 @@ def _slot(name: str) -> property:
     )
 
 
-def view_of(server: Any, token: trio.lowlevel.TrioToken) -> Any:
+def view_of(server: Any, call: CallTrio) -> Any:
     """Return a view of *server*.
 
     Args:
         server: the server.
-        token: the trio run in which it serves.
+        call: has its coroutine methods awaited.
     """
     view = object.__new__(_view_class(type(server)))
     view._viewed = server
-    view._token = token
+    view._call = call
     view.__dict__ = server.__dict__
     return view

@@ -28,6 +28,7 @@ from trio.lowlevel import (
 
 from ._draining import Drain, Drained
 from ._exceptions import ConnectionBroken, RequestTimeout, connection_broken
+from ._inherited import connections
 from ._waking import Waker
 
 __all__ = ["DatagramSocket", "StreamSocket"]
@@ -203,6 +204,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         _forbid_waiting(sock)
         self = cls.__new__(cls)
         self._own(sock)
+        connections.add(self)
         return self
 
     def _own(self, sock: socketlib.socket) -> None:
@@ -544,6 +546,11 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         if self._sock.fileno() != -1:
             # A blocking handler has left files open that were made of the socket.
             socketlib.close(self._sock.detach())
+        connections.discard(self)
+
+    def held(self) -> list[socketlib.socket]:
+        """Return the sockets that stand on the connection's descriptor."""
+        return [self._sock] if self._lent is None else [self._lent[0]]
 
     async def aclose(self) -> None:
         """Close the socket, even when cancelled; idempotent.

@@ -31,6 +31,7 @@ import trio
 
 from ._accept import AcceptErrors
 from ._generated import generated_class
+from ._inherited import servers
 from ._log import log, log_error
 from ._sockets import DONTWAIT
 from ._waking import Waker, waker_of
@@ -146,6 +147,7 @@ class ServingThread:
         with self._waker, self._alarm, self._listener_adopted():
             if _Loop in theirs.__mro__:
                 raise RuntimeError(f"{server!r} is being served already")
+            servers.add(server)
             setattr(server, IS_SHUT_DOWN, Stopped(self.wake_loop, self.knock))
             server.__class__ = _adopting_class(theirs, self)
             try:

@@ -23,6 +23,16 @@ from typing import Any
 
 _lock = threading.Lock()
 
+
+def _renew_lock() -> None:  # pragma: no cover (in forked children)
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # In the child nobody is left who could release it.
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _wakers: weakref.WeakKeyDictionary[socket.socket, Waker] = weakref.WeakKeyDictionary()
 """The wakers of the sockets that can be woken."""
 

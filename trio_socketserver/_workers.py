@@ -17,12 +17,13 @@ The rules:
 from __future__ import annotations
 
 import collections
+import contextlib
 import contextvars
 import math
 import queue
 import threading
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import outcome
 import trio
@@ -30,25 +31,29 @@ import trio
 IDLE_SECONDS: Final = 10.0
 """How long a thread waits for its next job before it ends; trio keeps its own as long."""
 
+T = TypeVar("T")
+
+CallTrio: TypeAlias = Callable[[Callable[[], Awaitable[Any]]], Any]
+"""Has a coroutine function awaited, and waits for it; such as `call_trio` with a token."""
+
 _this_thread = threading.local()
 
 
-def call_trio(
-    token: trio.lowlevel.TrioToken, function: Callable[..., Awaitable[Any]], *args: Any
-) -> Any:
+def call_trio(token: trio.lowlevel.TrioToken, function: Callable[[], Awaitable[T]]) -> Any:
     """Have trio await *function*, and wait for what it returns; from any thread.
 
     In a worker it is cancelled with the worker's job. Any other thread's call is nobody's
-    to cancel.
+    to cancel. In trio's own thread, where nothing may wait, it is returned for awaiting.
 
     Args:
         token: the trio run, for a thread that is no worker.
         function: a coroutine function.
-        *args: its arguments.
     """
+    if trio.lowlevel.in_trio_run():
+        return function()
     if getattr(_this_thread, "is_worker", False):
-        return trio.from_thread.run(function, *args)
-    return trio.from_thread.run(function, *args, trio_token=token)
+        return trio.from_thread.run(function)
+    return trio.from_thread.run(function, trio_token=token)
 
 
 def _nothing() -> None:
@@ -199,29 +204,30 @@ class Job:
     def end(self) -> None:
         """Let the task that waits for the job go on."""
         task, self._task = self._task, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
+        assert task is not None
+        trio.lowlevel.reschedule(task)
 
     # -- in the worker's thread ------------------------------------------------------
 
     def _call(self) -> None:
         worker = self._worker
         assert worker is not None
-        try:
-            if not self._cancelled or self._must_run:
-                self._begun = True
-                if self._cancelled and not self.daemon:
-                    # That was too early for a thread that did not run yet.
-                    worker.pool.token.run_sync_soon(worker.scope.cancel)
-                thread = threading.current_thread()
-                thread.name, its_own = self.name, thread.name
-                self._outcome = self._context.run(outcome.capture, self._function)
-                thread.name = its_own
-            worker.pool.tell_finished(self)
-        except trio.RunFinishedError:
-            # Abandoned by a program that has long gone on.
-            self.release()
-            worker.calls.put(None)
+        if not self._cancelled or self._must_run:
+            self._begun = True
+            if self._cancelled and not self.daemon:
+                # That was too early for a thread that did not run yet.
+                worker.pool.token.run_sync_soon(worker.scope.cancel)
+            thread = threading.current_thread()
+            thread.name, its_own = self.name, thread.name
+            self._outcome = self._context.run(outcome.capture, self._function)
+            thread.name = its_own
+        worker.pool.tell_finished(self)
+
+    def outlive(self) -> None:
+        """End, when trio has ended before."""
+        assert self._worker is not None
+        self.release()
+        self._worker.calls.put(None)
 
 
 class _Worker:
@@ -335,7 +341,14 @@ class Workers:
         # it has been told, and looks for jobs after that.
         if not self._told:
             self._told = True
-            self.token.run_sync_soon(self._take_finished)
+            try:
+                self.token.run_sync_soon(self._take_finished)
+            except trio.RunFinishedError:
+                # Abandoned by a program that has long gone on; others may be, too.
+                self._told = False
+                with contextlib.suppress(IndexError):
+                    while True:
+                        self._finished.popleft().outlive()
 
     def _take_finished(self) -> None:
         self._told = False
