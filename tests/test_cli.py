@@ -221,6 +221,7 @@ def test_how_many_are_served_at_once(command, capsys, monkeypatch, options, peak
         (["--bind=unix:"], "ThreadingUnixStreamServer"),
         (["--dispatch=sequential"], "TCPServer"),
         (["--max-requests-at-once=7"], "ThreadingTCPServer"),
+        (["--dispatch=forking"], "ForkingTCPServer"),
     ],
 )
 def test_a_blocking_handler_is_served_in_threads(tmp_path, options, expected):
@@ -250,11 +251,18 @@ def test_what_to_type_for_a_server_of_pages(tmp_path):
         assert process.wait(10) == 0
 
 
-def test_what_to_type_for_pages_on_a_unix_socket(tmp_path):
-    options = [f"--bind=unix:{tmp_path}/a b", "http.server:SimpleHTTPRequestHandler"]
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("unix:{}/a b", "curl --unix-socket '{}/a b' http://localhost/"),
+        ("0.0.0.0:0", "curl http://127.0.0.1:{}/"),
+    ],
+)
+def test_what_to_type_for_pages(tmp_path, where, expected):
+    options = [f"--bind={where.format(tmp_path)}", "http.server:SimpleHTTPRequestHandler"]
     server: Any = _cli.make_server(_cli.make_parser().parse_args(options))
-    expected = f"curl --unix-socket '{tmp_path}/a b' http://localhost/"
-    assert _cli.try_it(server) == expected
+    place = tmp_path if "unix" in where else server.server_address[1]
+    assert _cli.try_it(server) == expected.format(place)
     server._close_listener()
 
 
@@ -499,7 +507,7 @@ def test_bad_addresses(capsys, argument, expected):
         (["--grace=1"], "unrecognized arguments: --grace=1"),
         (["a:b", "c:d"], "unrecognized arguments: c:d"),
         (["--bind"], "argument --bind: expected one argument"),
-        (["--dispatch=forking"], "argument --dispatch: invalid choice: 'forking'"),
+        (["--dispatch=parallel"], "argument --dispatch: invalid choice: 'parallel'"),
         (["--dispatch=nursery", "socketserver:StreamRequestHandler"], "ThreadingMixIn"),
         (["-q", "-v"], "not allowed with"),
         *(

@@ -998,3 +998,60 @@ def test_plain_names_of_a_datagram_socket() -> None:
         assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
         assert "DatagramSocket" in repr(sender)
         assert weakref.ref(sender)() is sender
+
+
+# == Accepting and lending ================================================================
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+async def test_what_is_accepted_never_waits(timeout: float | None) -> None:
+    ours, peer = socket.socketpair()
+    ours.settimeout(timeout)
+    with peer, trio.move_on_after(0.05) as scope:
+        async with StreamSocket.accepted(ours) as stream:
+            await stream.receive_some()
+    assert scope.cancelled_caught
+
+
+async def test_the_underlying_socket_is_non_blocking_for_whoever_asks() -> None:
+    ours, peer = socket.socketpair()
+    with peer:
+        stream = StreamSocket.accepted(ours)
+        assert stream.socket.gettimeout() == 0
+        stream.close_now()
+        assert stream.socket.fileno() == -1
+
+
+async def test_closing_ends_what_a_file_of_the_socket_holds_open() -> None:
+    ours, peer = socket.socketpair()
+    with peer:
+        stream = StreamSocket.accepted(ours)
+        lent, _ = stream.lend()
+        with lent.makefile("rb"):
+            stream.take_back()
+            stream.close_now()
+            assert peer.recv(1) == b""
+
+
+async def test_what_is_lent_is_closed_here_and_woken_by_closing() -> None:
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    async with trio.open_nursery() as nursery:
+        with peer, ours:
+            stream = StreamSocket(ours)
+            assert stream.held() == [ours]
+
+            async def wait() -> None:
+                with pytest.raises(trio.ClosedResourceError):
+                    await stream.receive_some()
+
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            lent, _ = stream.lend()
+            assert stream.fileno() == -1
+            assert stream.held() == [lent]
+            stream.close_now()
+            assert lent.recv(1) == b"", "closing wakes the borrower"
+            stream.take_back()
+            assert stream.fileno() == lent.fileno()
+            stream.close_now()

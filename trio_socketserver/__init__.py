@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from ._combinations import (
@@ -11,7 +12,13 @@ from ._combinations import (
     ThreadingUDPServer,
 )
 from ._datagram_servers import UDPServer
-from ._exceptions import ConnectionBroken, IncompleteRead, LineTooLong, RequestTimeout
+from ._exceptions import (
+    ChildFailed,
+    ConnectionBroken,
+    IncompleteRead,
+    LineTooLong,
+    RequestTimeout,
+)
 from ._handlers import BaseRequestHandler, DatagramRequestHandler, StreamRequestHandler
 from ._nursery import NurseryMixIn
 from ._run import run
@@ -25,6 +32,7 @@ from ._threading import ThreadingMixIn
 __all__ = [
     "BaseRequestHandler",
     "BaseServer",
+    "ChildFailed",
     "ConnectionBroken",
     "DatagramRequestHandler",
     "DatagramSocket",
@@ -46,6 +54,12 @@ __all__ = [
     "serve_blocking",
 ]
 
+if hasattr(os, "fork"):
+    from ._combinations import ForkingTCPServer, ForkingUDPServer
+    from ._forking import ForkingMixIn
+
+    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer"]
+
 if hasattr(socket, "AF_UNIX"):
     from ._combinations import (
         NurseryUnixDatagramServer,
@@ -64,3 +78,8 @@ if hasattr(socket, "AF_UNIX"):
         "UnixDatagramServer",
         "UnixStreamServer",
     ]
+
+    if hasattr(os, "fork"):
+        from ._combinations import ForkingUnixDatagramServer, ForkingUnixStreamServer
+
+        __all__ += ["ForkingUnixDatagramServer", "ForkingUnixStreamServer"]

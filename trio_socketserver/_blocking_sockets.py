@@ -203,7 +203,7 @@ class _DatagramLoan(Loan):
         self._view.close()
 
     def close(self) -> None:
-        async def end() -> None:
+        async def end() -> None:  # noqa: ASYNC124 (trio awaits it)
             self.end()
 
         if trio.lowlevel.in_trio_run():  # There was no thread yet.

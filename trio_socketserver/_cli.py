@@ -46,6 +46,7 @@ DISPATCH: Final = {
     "sequential": ("", None),
     "nursery": ("Nursery", "max_tasks"),
     "threading": ("Threading", "max_threads"),
+    "forking": ("Forking", "max_children"),
 }
 """What begins the name of the server's class, and the name of its limit."""
 
@@ -122,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dispatch",
         metavar="HOW",
         choices=list(DISPATCH),
-        help="%(choices)s: one by one, in tasks, in threads (default: by the handler)",
+        help="%(choices)s (default: by the handler)",
     )
     parser.add_argument(
         "--max-requests-at-once",

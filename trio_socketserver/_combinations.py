@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 from ._datagram_servers import UDPServer
@@ -33,6 +34,18 @@ class ThreadingUDPServer(ThreadingMixIn, UDPServer):
     """A server of UDP datagrams, with a thread for each."""
 
 
+if hasattr(os, "fork"):
+    from ._forking import ForkingMixIn
+
+    __all__ += ["ForkingTCPServer", "ForkingUDPServer"]
+
+    class ForkingTCPServer(ForkingMixIn, TCPServer):
+        """A server of TCP connections, with a child process for each."""
+
+    class ForkingUDPServer(ForkingMixIn, UDPServer):
+        """A server of UDP datagrams, with a child process for each."""
+
+
 if hasattr(socket, "AF_UNIX"):
     from ._datagram_servers import UnixDatagramServer
     from ._stream_servers import UnixStreamServer
@@ -55,3 +68,12 @@ if hasattr(socket, "AF_UNIX"):
 
     class ThreadingUnixDatagramServer(ThreadingMixIn, UnixDatagramServer):
         """A server of Unix datagrams, with a thread for each."""
+
+    if hasattr(os, "fork"):
+        __all__ += ["ForkingUnixDatagramServer", "ForkingUnixStreamServer"]
+
+        class ForkingUnixStreamServer(ForkingMixIn, UnixStreamServer):
+            """A server of Unix stream connections, with a child process for each."""
+
+        class ForkingUnixDatagramServer(ForkingMixIn, UnixDatagramServer):
+            """A server of Unix datagrams, with a child process for each."""

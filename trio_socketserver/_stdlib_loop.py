@@ -224,12 +224,8 @@ class ServingThread:
 
     # -- called in the serving thread ------------------------------------------------
 
-    def waker(self, connection: object) -> Waker | None:
+    def waker(self, connection: socket.socket) -> Waker:
         """Take note of a connection that a handler may wait for; return what wakes it."""
-        if not (
-            isinstance(connection, socket.socket) and connection.type == socket.SOCK_STREAM
-        ):
-            return None
         waker = waker_of(connection)
         with self._wakers_lock:
             self._wakers.add(waker)
@@ -239,9 +235,7 @@ class ServingThread:
 
     def accepted(self, connection: socket.socket) -> None:
         """Take note of what the listening socket has accepted, if get_request() waits."""
-        waker = self.waker(connection)
-        if waker is not None:
-            self._accepted.append(waker)
+        self._accepted.append(self.waker(connection))
 
     def loop(self, poll_interval: float | None) -> None:
         """Do what the base class's `serve_forever()` does, but wake up when told."""
@@ -288,6 +282,8 @@ class ServingThread:
             selector.register(server, selectors.EVENT_READ)
             selector.register(self._waker, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in selector.select(timeout)]
+        if self._waker in ready and not self.stopping:
+            self._waker.recv(4096)
         if self._waker in ready and self.stopping:
             self.told.wait()
         elif server in ready:
@@ -351,7 +347,7 @@ class ServingThread:
     def _waker_of_request(self, request: Any) -> Waker | None:
         """Return what wakes the request; it may be, or wrap, what has been accepted."""
         accepted, self._accepted = self._accepted, []
-        waker = self.waker(request)
+        waker = self.waker(request) if isinstance(request, socket.socket) else None
         for other in accepted:
             if waker is None:
                 waker = other
@@ -432,7 +428,9 @@ if hasattr(os, "fork"):
 
         _serving: ClassVar[ServingThread]
 
-        def finish_request(self, request: Any, client_address: Any) -> None:
+        def finish_request(  # pragma: no cover (in forked children)
+            self, request: Any, client_address: Any
+        ) -> None:
             # The parent's handlers would have the child wait for a trio that is not there.
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -199,7 +199,10 @@ class _Serving:
         self._token.run_sync_soon(start, self._handle, request, client_address)
 
     async def _handle(self, request: Any, client_address: Any) -> None:
-        waker = self.thread.waker(request)
+        waker = None
+        if isinstance(request, socket.socket):
+            waker = self.thread.waker(request)
+            waker.follows = True
 
         def process() -> None:
             with self.thread.contained(client_address):
@@ -208,8 +211,6 @@ class _Serving:
 
         job = self._job(process, f"request {next(_numbers)}", must_run=True)
         with trio.CancelScope() as self._requests[job]:
-            if waker is not None:
-                waker.follows = True
             try:
                 await self._do(job)
             except Exception as error:  # Only the thread's starting can raise one.

@@ -1,0 +1,230 @@
+"""What `serve_blocking` does in corners: no socket, no thread, no child, no time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import socketserver
+import threading
+from typing import Any
+
+import pytest
+import trio
+from blocking_servers import client_of, in_thread, make, served
+from helpers import bounded, receive
+
+from trio_socketserver import _stdlib_loop, _stdlib_servers, serve_blocking
+
+
+def echo(request: Any, client_address: Any, server: Any) -> None:
+    request.sendall(request.recv(64))
+
+
+@bounded
+async def test_a_server_need_not_have_a_socket() -> None:
+    lines: list[bytes] = []
+
+    class Server(socketserver.BaseServer):
+        def fileno(self) -> int:
+            return reader
+
+        def get_request(self) -> Any:
+            return os.read(reader, 64), "the pipe"
+
+    def keep(request: bytes, client_address: str, server: Any) -> None:
+        lines.append(request)
+        server.shutdown()
+
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"hello")
+        await serve_blocking(Server("nowhere", keep))
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert lines == [b"hello"]
+
+
+@bounded
+async def test_waiting_for_the_loop_may_have_an_end() -> None:
+    server = make(echo)
+    thread = _stdlib_loop.ServingThread(server, lambda *_: None, lambda: None)
+    with thread.adopted():
+        stopped = server._BaseServer__is_shut_down
+        assert stopped.wait()
+        await in_thread(stopped.clear)
+        assert not stopped.is_set()
+        assert not stopped.wait(0.01)
+        stopped.set()
+        assert stopped.wait(0.01)
+    server.server_close()
+
+
+def test_a_connection_that_comes_while_stopping_is_woken() -> None:
+    server = make(echo)
+    thread = _stdlib_loop.ServingThread(server, lambda *_: None, lambda: None)
+    late, peer = socket.socketpair()
+    with thread.adopted(), late, peer:
+        thread.stop()
+        thread.waker(late)
+        assert peer.recv(1) == b""
+    server.server_close()
+
+
+@bounded
+async def test_no_thread_for_a_request_costs_that_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refusing(_stdlib_servers.Job):
+        async def run(self, workers: Any) -> None:
+            if " request " in self.name:
+                raise RuntimeError("can't start new thread")
+            await super().run(workers)
+
+    server = make(echo, socketserver.ThreadingMixIn)
+    async with served(server):
+        monkeypatch.setattr(_stdlib_servers, "Job", Refusing)
+        async with client_of(server) as client:
+            assert await receive(client) == b""
+        monkeypatch.undo()
+        async with client_of(server) as client:
+            client.sendall(b"ping")
+            assert await receive(client) == b"ping"
+    assert "can't start new thread" in caplog.text
+
+
+@bounded
+async def test_no_thread_for_a_datagram_costs_that_datagram(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Refusing(_stdlib_servers.Job):
+        async def run(self, workers: Any) -> None:
+            if " request " in self.name:
+                refused.set()
+                raise RuntimeError("can't start new thread")
+            await super().run(workers)
+
+    refused = trio.Event()
+    server = make(echo, socketserver.ThreadingMixIn, socketserver.UDPServer)
+    async with served(server):
+        monkeypatch.setattr(_stdlib_servers, "Job", Refusing)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.sendto(b"ping", server.server_address)
+            await refused.wait()
+        monkeypatch.undo()
+    assert "can't start new thread" in caplog.text
+
+
+@bounded
+async def test_a_child_that_has_gone_is_not_signalled() -> None:
+    server = make(echo, socketserver.ForkingMixIn)
+    serving = _stdlib_servers._Serving(server)
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitpid(child, 0)
+    server.active_children = {child}
+    serving._signal_children(signal.SIGTERM)
+    with serving.thread.adopted():
+        server.server_close()
+
+
+@bounded
+async def test_a_request_may_wrap_what_was_accepted() -> None:
+    """Such as another TLS library's connection, which is no socket."""
+    parked = threading.Event()
+
+    class Wrapper:
+        def __init__(self, connection: socket.socket) -> None:
+            self.connection = connection
+
+        def shutdown(self, how: int) -> None:
+            self.connection.shutdown(how)
+
+        def close(self) -> None:
+            self.connection.close()
+
+    class Server(socketserver.TCPServer):
+        def get_request(self) -> Any:
+            connection, address = super().get_request()
+            return Wrapper(connection), address
+
+    def park(request: Wrapper, client_address: Any, server: Any) -> None:
+        parked.set()
+        request.connection.recv(1)
+
+    server = make(park, Server)
+    async with served(server) as serving, client_of(server):
+        await in_thread(parked.wait)
+        assert await serving.stop() < 5
+
+
+@bounded
+async def test_a_cancelled_call_to_trio_ends_a_serial_handler() -> None:
+    def sleep(request: Any, client_address: Any, server: Any) -> None:
+        try:
+            trio.from_thread.run(sleeping)
+        except trio.Cancelled:
+            cancelled.set()
+            raise
+
+    async def sleeping() -> None:
+        begun.set()
+        await trio.sleep_forever()
+
+    begun, cancelled = trio.Event(), threading.Event()
+    server = make(sleep)
+    async with served(server) as serving, client_of(server):
+        await begun.wait()
+        await serving.stop()
+    assert cancelled.is_set()
+
+
+@bounded
+async def test_the_shorter_of_two_timeouts_is_that_of_handle_request() -> None:
+    ended: list[str] = []
+
+    class Server(socketserver.TCPServer):
+        timeout = 0.01
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            self.socket.settimeout(60)
+            self.handle_request()
+
+        def handle_timeout(self) -> None:
+            ended.append("timeout")
+
+    await serve_blocking(make(echo, Server))
+    assert ended == ["timeout"]
+
+
+@bounded
+async def test_a_hook_may_close_the_server_and_fail() -> None:
+    class Server(socketserver.TCPServer):
+        def get_request(self) -> Any:
+            self.shutdown()
+            self.socket.close()
+            raise OSError("closed")
+
+    server = make(echo, Server)
+    async with trio.open_nursery() as nursery:
+        address = await nursery.start(serve_blocking, server)
+        await in_thread(lambda: socket.create_connection(address).close())
+
+
+@bounded
+async def test_a_loop_of_requests_looks_again_when_shutdown_is_called() -> None:
+    returned = threading.Event()
+
+    class Server(socketserver.TCPServer):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            self.handle_request()
+            returned.set()
+
+    server = make(echo, Server)
+    serving = _stdlib_servers._Serving(server)
+    async with trio.open_nursery() as nursery:
+        with serving.thread.adopted():
+            nursery.start_soon(in_thread, server.serve_forever)
+            serving.thread.wake_loop()
+            await in_thread(returned.wait)
+    server.server_close()

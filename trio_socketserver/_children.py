@@ -1,0 +1,306 @@
+"""A forked child process: what is done before it begins, in it, and when it has ended.
+
+The child is a copy of a program in the middle of `trio.run`, which it can neither go on
+with nor leave. So it touches nothing of it: it closes what is not its request's, gives
+signals their first meaning again, does its one thing and goes, by `os._exit`. Where it
+needs trio, it runs one of its own in another thread, where nothing remembers the parent's.
+
+How its work ended is written to a file without a name before it goes. So nobody has to
+read while it runs, nothing can fill up, and what the child leaves running holds nothing
+open that somebody waits for. That it has ended, its parent learns from the system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from typing import IO, Any, Final, NoReturn
+
+import outcome
+import trio
+
+from ._exceptions import ChildFailed
+from ._inherited import close_inherited
+
+TRACEBACK_LIMIT: Final = 100_000
+"""Characters of a child's traceback that come home, from its end."""
+
+
+class ChildTraceback(Exception):
+    """The traceback of an error in a child, as text: the cause of the parent's error."""
+
+    def __str__(self) -> str:
+        return f"in the child process\n\n{self.args[0]}"
+
+
+# -- in the child --------------------------------------------------------------------------
+
+
+class _Apart:
+    """A run of trio in a thread that does not know of the parent's."""
+
+    def __init__(self, function: Callable[[], Awaitable[Any]]) -> None:
+        self._function = function
+        self._scope = trio.CancelScope()
+        self._asked = False
+        self._token: trio.lowlevel.TrioToken | None = None
+
+    async def main(self) -> Any:
+        self._token = trio.lowlevel.current_trio_token()
+        if self._asked:
+            self._scope.cancel()
+        with self._scope:
+            return await self._function()
+        sys.exit(_EXIT_STATUS)
+
+    def cancel(self) -> None:
+        """Cancel it, from any thread, whether it has begun or not."""
+        self._asked = True
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._scope.cancel)
+
+
+_EXIT_STATUS: Final = 128 + signal.SIGTERM
+"""What a shell says of a process that was ended so."""
+
+_aparts: Final[list[_Apart]] = []
+
+
+def run_apart(function: Callable[[], Awaitable[Any]]) -> Any:
+    """Run *function* by a trio of its own, in a thread of its own, and wait for it.
+
+    Raises:
+        SystemExit: the child has been asked to end; *function* has been cancelled.
+    """
+    results: list[outcome.Outcome[Any]] = []
+    apart = _Apart(function)
+    thread = threading.Thread(
+        target=lambda: results.append(outcome.capture(trio.run, apart.main))
+    )
+    _aparts.append(apart)
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        _aparts.remove(apart)
+    return results[0].unwrap()
+
+
+def call_in_child(function: Callable[[], Awaitable[Any]]) -> Any:
+    """Have *function* awaited, or return it for awaiting where trio runs already."""
+    # The main thread is in the middle of the parent's trio.run, for ever.
+    is_main = threading.current_thread() is threading.main_thread()
+    if trio.lowlevel.in_trio_run() and not is_main:
+        return function()
+    return run_apart(function)
+
+
+def _asked_to_end(number: int, frame: object) -> None:
+    for apart in _aparts:
+        apart.cancel()
+    if not _aparts:
+        sys.exit(_EXIT_STATUS)
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    # Ctrl-C goes to the whole foreground; what it means for a child, the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _asked_to_end)
+
+
+def _report(result: outcome.Outcome[Any]) -> bytes:
+    """Write down how the work has ended, in a form that can be read for certain."""
+    if isinstance(result, outcome.Value):
+        return pickle.dumps((None, ""))
+    assert isinstance(result, outcome.Error)
+    error = result.error
+    text = "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    with contextlib.suppress(Exception):  # Of whatever its class does when it is pickled.
+        report = pickle.dumps((outcome.Error(error), text))
+        if type(pickle.loads(report)[0].error) is type(error):
+            return report
+    return pickle.dumps((outcome.Error(ChildFailed(f"{name}: {error}")), text))
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # None, closed, a broken pipe, a user's own.
+            stream.flush()
+
+
+def _be_child(
+    work: Callable[[], object],
+    kept: Iterable[socket.socket],
+    report: IO[bytes],
+    mask: set[int],
+) -> NoReturn:
+    status = 1
+    try:
+        _reset_signals()
+        close_inherited(kept)
+
+        def unmasked() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            work()
+
+        result = outcome.capture(unmasked)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        report.write(_report(result))
+        report.flush()
+        _flush()
+        status = 0
+    except BaseException:  # noqa: ASYNC103 (nobody is left to raise it to)
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+# -- in the parent -------------------------------------------------------------------------
+
+
+def fork(work: Callable[[], object], kept: Iterable[socket.socket]) -> Child:
+    """Start a child that calls *work*. No checkpoint.
+
+    Args:
+        work: what to call. Its return value is ignored.
+        kept: the sockets of this package's that the child needs; it closes all others.
+
+    Raises:
+        OSError: the system has no room for a process, or a descriptor.
+    """
+    _flush()  # Or what is buffered would be written by the child too.
+    report = _nameless_file()
+    # A signal must not meet the parent's handlers in the child.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _be_child(work, kept, report, mask)
+    except BaseException:
+        report.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return Child(pid, report)
+
+
+def _nameless_file() -> IO[bytes]:
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("trio_socketserver"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+class Child:
+    """A child process of ours, from its fork to its end.
+
+    Attributes:
+        pid: its number, which is nobody else's until `run` has returned.
+    """
+
+    def __init__(self, pid: int, report: IO[bytes]) -> None:
+        self.pid = pid
+        self._report = report
+        self._has_ended = False
+        self._status: os.waitid_result | None = None
+
+    async def run(self, cleanup_timeout: float) -> None:
+        """Wait for the end of the child.
+
+        Args:
+            cleanup_timeout: seconds between SIGTERM and SIGKILL when that is cancelled.
+
+        Raises:
+            BaseException: what its work has raised.
+            ChildFailed: that cannot be told, or it ended by something else.
+        """
+        try:
+            pidfd = _open_pidfd(self.pid)
+            try:
+                await self._wait_to_end(pidfd, cleanup_timeout)
+            finally:
+                if pidfd is not None:
+                    os.close(pidfd)
+            self._unwrap()
+        finally:
+            self._report.close()
+
+    async def _wait_to_end(self, pidfd: int | None, cleanup_timeout: float) -> None:
+        try:
+            await self._wait(pidfd)
+        except BaseException:
+            with trio.CancelScope(shield=True):  # SIGKILL ends it.
+                self._signal(pidfd, signal.SIGTERM)
+                with trio.move_on_after(cleanup_timeout):
+                    await self._wait(pidfd)
+                if not self._has_ended:
+                    self._signal(pidfd, signal.SIGKILL)
+                    await self._wait(pidfd)
+            raise
+
+    async def _wait(self, pidfd: int | None) -> None:
+        """Wait until the child has ended, and take its exit status."""
+        if pidfd is None:
+            wait = functools.partial(os.waitid, os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            with contextlib.suppress(ChildProcessError):
+                await trio.to_thread.run_sync(
+                    wait, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+                )
+        else:
+            await trio.lowlevel.wait_readable(pidfd)
+        self._has_ended = True
+        with contextlib.suppress(ChildProcessError):  # Somebody else has taken it.
+            self._status = os.waitid(  # noqa: ASYNC222 (it does not wait any more)
+                os.P_PID, self.pid, os.WEXITED
+            )
+
+    def _signal(self, pidfd: int | None, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if pidfd is None:
+                os.kill(self.pid, number)
+            else:
+                signal.pidfd_send_signal(pidfd, number)
+
+    def _unwrap(self) -> None:
+        """Raise what the child has reported."""
+        self._report.seek(0)
+        try:
+            result, text = pickle.load(self._report)
+        except Exception:
+            result, text = None, ""
+            if self._status is None or self._status.si_status:
+                raise ChildFailed(self._describe_end()) from None
+        if result is not None:
+            result.error.__cause__ = ChildTraceback(text)
+            result.unwrap()
+
+    def _describe_end(self) -> str:
+        status = self._status
+        if status is None:
+            return f"child process {self.pid} has ended in a way that is not known"
+        if status.si_code == os.CLD_EXITED:
+            return f"child process {self.pid} has exited with status {status.si_status}"
+        name = signal.Signals(status.si_status).name
+        return f"child process {self.pid} has been ended by {name}"
+
+
+def _open_pidfd(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when a process ends, if the system can."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None

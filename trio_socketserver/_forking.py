@@ -1,0 +1,218 @@
+"""`ForkingMixIn`: a child process for each request.
+
+In the parent a request is a task like any other, which waits for its child; so joining,
+limits, cancelling and counting are what they are everywhere. All hooks run there. Only the
+handler runs in the child, with a copy of everything, a blocking one in the child's main
+thread, an asynchronous one in a trio of the child's own.
+
+What a child says to its server, by ``shutdown()`` or ``server_close()``, goes to the
+parent, over a socket that somebody reads for as long as there are children.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+from collections.abc import Awaitable
+from typing import Any, Final
+
+import trio
+
+from ._blocking import run_blocking
+from ._blocking_sockets import lend
+from ._children import call_in_child, fork, run_apart
+from ._generated import generated_class
+from ._handlers import HandlerKind, run_handler
+from ._log import log
+from ._server import BaseServer
+from ._server_view import view_of
+from ._sockets import DatagramSocket, StreamSocket
+
+__all__ = ["ForkingMixIn"]
+
+SHUTDOWN: Final = b"s"
+SERVER_CLOSE: Final = b"c"
+
+
+class _Messages:
+    """What a server's children say to it; one byte each.
+
+    Attributes:
+        child_end: where they say it.
+    """
+
+    def __init__(self) -> None:
+        self._parent_end, self.child_end = socket.socketpair()
+        self._parent_end.setblocking(False)
+        self._scope = trio.CancelScope()
+
+    async def hear(self, server: ForkingMixIn) -> None:
+        """Do what the children say, until `end`."""
+        with self._parent_end, self.child_end, self._scope:
+            while True:
+                await trio.lowlevel.wait_readable(self._parent_end)
+                for byte in self._parent_end.recv(4096):
+                    server._obey(bytes([byte]))
+
+    def end(self) -> None:
+        """Hear no more, and close the sockets."""
+        self._scope.cancel()
+
+
+class ForkingMixIn(BaseServer):
+    """Handle each request in a child process of its own.
+
+    As `socketserver.ForkingMixIn`; put it in front of a server class. Unlike there the loop
+    goes on at ``max_children``, only the server's own children are waited for, and they
+    close the sockets that they have inherited. What a handler raises in its child reaches
+    `handle_error()` in the parent, with the child's traceback; a child that fails otherwise
+    is `ChildFailed`. Handlers of either colour work, but what they change is the child's.
+
+    Cancellation: a child is sent SIGTERM, which cancels an asynchronous handler and is
+    `SystemExit` in a blocking one, and after ``cleanup_timeout`` SIGKILL.
+    """
+
+    timeout: float | None = 300
+    """Seconds that `handle_request()` waits for a request to arrive; None for ever."""
+
+    max_children: int = 40
+    """Children at once; at the limit the server stops accepting."""
+
+    active_children: set[int] | None = None
+    """The process ids of the children; None before the first."""
+
+    _one_at_a_time = False
+    _messages: _Messages | None = None
+    _child_ended: trio.Event | None = None
+
+    def _limit(self) -> int | None:
+        return self.max_children
+
+    async def collect_children(self, *, blocking: bool = False) -> None:
+        """Wait for the children that there are, if *blocking*.
+
+        Otherwise there is nothing to do: each child is waited for by its request.
+        """
+        await trio.lowlevel.checkpoint()
+        while blocking and self.active_children:
+            self._child_ended = self._child_ended or trio.Event()
+            await self._child_ended.wait()
+
+    def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
+        return self._run_in_child(self._judge_handler(), request, client_address)
+
+    async def _run_in_child(
+        self, kind: HandlerKind, request: Any, client_address: Any
+    ) -> None:
+        messages = self._listen_to_children()
+        work = functools.partial(
+            _serve_in_child, self, kind, request, client_address, messages.child_end
+        )
+        try:
+            child = fork(work, [messages.child_end, *_sockets_of(request)])
+        except BaseException:
+            self._lose_child(None)
+            raise
+        assert self.active_children is not None
+        self.active_children.add(child.pid)
+        try:
+            await child.run(self.cleanup_timeout)
+        except SystemExit as error:
+            message = "a handler has ended its process by SystemExit(%r), serving %r"
+            log(logging.WARNING, message, error.code, client_address)
+        finally:
+            self._lose_child(child.pid)
+
+    def _listen_to_children(self) -> _Messages:
+        if self._requests is None:
+            raise RuntimeError("a child process needs a server that serves")
+        if self.active_children is None:
+            self.active_children = set()
+        if self._messages is None:
+            self._messages = _Messages()
+            self._requests.start_soon(self._messages.hear, self, name="children's messages")
+        return self._messages
+
+    def _lose_child(self, pid: int | None) -> None:
+        assert self.active_children is not None
+        if pid is not None:
+            self.active_children.discard(pid)
+        if self._messages is not None and not self.active_children:
+            self._messages.end()
+            self._messages = None
+        if self._child_ended is not None:
+            self._child_ended.set()
+            self._child_ended = None
+
+    def _obey(self, message: bytes) -> None:
+        assert self._requests is not None
+        hook = self.shutdown if message == SHUTDOWN else self.server_close
+        self._requests.start_soon(hook, name="asked for by a child")
+
+
+# -- in the child --------------------------------------------------------------------------
+
+
+def _sockets_of(request: Any) -> list[socket.socket]:
+    match request:
+        case StreamSocket():
+            return request.held()
+        case (_, DatagramSocket() as sender):
+            return [sender.socket]
+        case socket.socket():
+            return [request]
+        case _:
+            return []
+
+
+def _serve_in_child(
+    server: ForkingMixIn,
+    kind: HandlerKind,
+    request: Any,
+    client_address: Any,
+    messages: socket.socket,
+) -> None:
+    copy = _copy_of(server, messages)
+    handler = server.RequestHandlerClass
+    if kind is HandlerKind.BLOCKING:
+        view = view_of(copy, call_in_child)
+        run_blocking(handler, lend(request, call_in_child).request, client_address, view)
+    else:
+        run_apart(functools.partial(_await_handler, copy, kind, request, client_address))
+
+
+async def _await_handler(
+    server: ForkingMixIn, kind: HandlerKind, request: Any, client_address: Any
+) -> None:
+    if isinstance(request, tuple) and isinstance(request[1], DatagramSocket):
+        # Some task of the parent's may hold the lock of this one for ever.
+        request = (request[0], DatagramSocket(request[1].socket))
+    handler = server.RequestHandlerClass(request, client_address, server)
+    if kind is HandlerKind.ASYNC_CLASS:
+        await run_handler(handler, server.cleanup_timeout)
+    else:
+        await handler
+
+
+def _copy_of(server: ForkingMixIn, messages: socket.socket) -> Any:
+    """Return the child's copy of the server, which says to the parent what ends it."""
+
+    async def shutdown(self: Any) -> None:
+        messages.send(SHUTDOWN)
+        await trio.lowlevel.checkpoint()
+
+    async def server_close(self: Any) -> None:
+        messages.send(SERVER_CLOSE)
+        await trio.lowlevel.checkpoint()
+
+    theirs = type(server)
+    namespace = {
+        "__slots__": (),
+        "__class__": property(lambda self: theirs),
+        "shutdown": shutdown,
+        "server_close": server_close,
+    }
+    copy = object.__new__(generated_class(theirs, namespace))
+    copy.__dict__ = server.__dict__
+    return copy
