@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import gc
 import socket
 import socketserver
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -573,3 +575,31 @@ async def test_the_default_log(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         await ask(server, b"l")
     assert [record.levelname for record in caplog.records] == ["INFO", "ERROR"]
     assert server.statistics().peer_errors == 1
+
+
+@bounded
+async def test_nothing_of_a_failed_request_waits_for_the_collector() -> None:
+    class Fails(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            handlers.append(weakref.ref(self))
+            raise ZeroDivisionError
+
+    class Server(ThreadingTCPServer):
+        async def handle_error(self, request: Any, client_address: Any) -> None:
+            failed.set()
+
+    handlers: list[weakref.ref[Fails]] = []
+    failed = trio.Event()
+    gc.disable()
+    try:
+        async with (
+            Server(("127.0.0.1", 0), Fails) as server,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(server.serve_forever)
+            with socket.create_connection(server.server_address):
+                await failed.wait()
+            await server.shutdown()
+        assert [handler() for handler in handlers] == [None]
+    finally:
+        gc.enable()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import socketserver
 import threading
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from blocking_servers import client_of, in_thread, make, served
 from helpers import bounded, receive
 
@@ -49,7 +49,7 @@ async def test_a_server_need_not_have_a_socket() -> None:
 @bounded
 async def test_waiting_for_the_loop_may_have_an_end() -> None:
     server = make(echo)
-    thread = _stdlib_loop.ServingThread(server, lambda *_: None, lambda: None)
+    thread = _stdlib_loop.ServingThread(server, lambda *_: None, lambda: None, lambda: None)
     with thread.adopted():
         stopped = server._BaseServer__is_shut_down
         assert stopped.wait()
@@ -63,7 +63,7 @@ async def test_waiting_for_the_loop_may_have_an_end() -> None:
 
 def test_a_connection_that_comes_while_stopping_is_woken() -> None:
     server = make(echo)
-    thread = _stdlib_loop.ServingThread(server, lambda *_: None, lambda: None)
+    thread = _stdlib_loop.ServingThread(server, lambda *_: None, lambda: None, lambda: None)
     late, peer = socket.socketpair()
     with thread.adopted(), late, peer:
         thread.stop()
@@ -123,7 +123,7 @@ async def test_a_child_that_has_gone_is_not_signalled() -> None:
     child = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(child, 0)
     server.active_children = {child}
-    serving._signal_children(signal.SIGTERM)
+    serving._signal_children("SIGTERM")
     with serving.thread.adopted():
         server.server_close()
 
@@ -228,3 +228,173 @@ async def test_a_loop_of_requests_looks_again_when_shutdown_is_called() -> None:
             serving.thread.wake_loop()
             await in_thread(returned.wait)
     server.server_close()
+
+
+@bounded
+async def test_a_loop_of_its_own_ends_when_its_handler_has() -> None:
+    """Not while it handles a request: the handler may need what server_close() closes."""
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Server(socketserver.TCPServer):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while True:
+                self.handle_request()
+
+        def server_close(self) -> None:
+            assert ended.is_set()
+            super().server_close()
+
+    def busy(request: Any, client_address: Any, server: Any) -> None:
+        begun.set()
+        may_end.wait()
+        ended.set()
+
+    server = make(busy, Server)
+    async with served(server) as serving, client_of(server):
+        await in_thread(begun.wait)
+        serving.cancel()
+        # Longer than a loop is given to end by itself.
+        await trio.sleep(_stdlib_servers.LOOP_GRACE * 1.2)
+        may_end.set()
+        await serving.ended.wait()
+
+
+@bounded
+async def test_shutdown_may_wait_for_a_loop_of_its_own() -> None:
+    class Server(socketserver.TCPServer):
+        quits = False
+        done: threading.Event
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            self.done = threading.Event()
+            while not self.quits:
+                self.handle_request()
+            self.done.set()
+
+        def shutdown(self) -> None:
+            self.quits = True
+            self.done.wait()
+
+    server = make(echo, Server)
+    async with served(server, changes=("quits", "done")) as serving:
+        async with client_of(server) as client:
+            client.sendall(b"ping")
+            assert await receive(client) == b"ping"
+        assert await serving.stop() < _stdlib_servers.SHUTDOWN_TIMEOUT
+
+
+@bounded
+async def test_a_request_just_handed_on_is_cancelled_when_the_loop_fails() -> None:
+    class Server(socketserver.ThreadingTCPServer):
+        handed_on = False
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            super().process_request(request, client_address)
+            self.handed_on = True
+
+        def service_actions(self) -> None:
+            if self.handed_on:
+                raise ZeroDivisionError
+
+    def wait(request: Any, client_address: Any, server: Any) -> None:
+        request.recv(1)
+
+    for _ in range(10):  # Trio takes tasks of a batch in any order.
+        server = make(wait, Server)
+        with socket.socket() as client:
+            client.connect(server.server_address)
+            with pytest.raises(ZeroDivisionError):
+                await serve_blocking(server)
+
+
+@bounded
+async def test_a_loop_after_the_loop_is_not_awake_for_ever() -> None:
+    timeouts: list[float] = []
+
+    class Server(socketserver.TCPServer):
+        timeout = 0.02
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            super().serve_forever(poll_interval)
+            self.handle_request()
+
+        def handle_timeout(self) -> None:
+            timeouts.append(self.timeout)
+
+    server = make(echo, Server)
+    async with served(server) as serving:
+        await serving.shut_down()
+    assert timeouts
+
+
+@bounded
+async def test_a_request_that_cannot_even_be_begun_is_no_hang() -> None:
+    class Server(socketserver.ThreadingTCPServer):
+        asked = 0
+
+        @property
+        def daemon_threads(self) -> bool:  # type: ignore[override]
+            self.asked += 1
+            if self.asked == 2:  # The loop's thread was asked for first.
+                raise LookupError("no answer")
+            return False
+
+    server = make(echo, Server)
+    async with served(server, changes=("asked",)), client_of(server) as client:
+        assert await receive(client) == b""
+
+
+@bounded
+async def test_what_get_request_raises_holds_no_connection_open() -> None:
+    class Server(socketserver.TCPServer):
+        def get_request(self) -> Any:
+            connection, _ = super().get_request()
+            os.close(connection.detach())
+            raise LookupError
+
+    server = make(echo, Server)
+    serving = _stdlib_servers._Serving(server)
+    client = socket.create_connection(server.server_address, timeout=5)
+    with client, serving.thread.adopted():
+        with pytest.raises(LookupError):
+            server._handle_request_noblock()
+        assert await in_thread(client.recv, 1) == b""
+    server.server_close()
+
+
+@bounded
+async def test_a_request_that_comes_too_late_is_closed() -> None:
+    server = make(echo, socketserver.ThreadingMixIn)
+    serving = _stdlib_servers._Serving(server)
+    serving._ended = True
+    late, peer = socket.socketpair()
+    with serving.thread.adopted(), peer:
+        server.process_request(late, "nowhere")
+        server.process_request((b"data", None), "nowhere")
+        await trio.testing.wait_all_tasks_blocked()
+        assert peer.recv(1) == b""
+    server.server_close()
+
+
+@bounded
+async def test_the_servers_own_socket_may_be_the_request() -> None:
+    class Server(socketserver.UDPServer):
+        def get_request(self) -> Any:
+            data, address = self.socket.recvfrom(64)
+            self.data = data
+            return self.socket, address
+
+    received = threading.Event()
+
+    def handle(request: socket.socket, client_address: Any, server: Any) -> None:
+        request.sendto(server.data, client_address)
+        received.set()
+
+    server = make(handle, Server)
+    async with served(server, changes=("data",)):
+        for _ in range(2):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.settimeout(5)
+                client.sendto(b"ping", server.server_address)
+                assert await in_thread(client.recv, 64) == b"ping"
+    assert received.is_set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import queue
 import signal
@@ -346,3 +347,25 @@ def test_a_child_has_a_lock_of_its_own() -> None:
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert peer.recv(1) == b""
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_collection_under_the_lock_may_close_sockets() -> None:
+    """A cycle may hold a file of a closed socket; collecting it closes the descriptor."""
+
+    class Cycle:
+        pass
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+        for _ in range(300):
+            left, right = socket.socketpair()
+            cycle: Any = Cycle()
+            Waker(left)
+            cycle.file, cycle.itself = left.makefile("rb"), cycle
+            left.close()
+            right.close()
+            del cycle
+    finally:
+        gc.set_threshold(*threshold)

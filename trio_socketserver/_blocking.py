@@ -82,22 +82,23 @@ class BlockingWorld:
         Cancellation: wakes the thread where it waits for the peer, and waits for its end.
         """
         server = self._server
+        daemon = server._has_daemon_threads()
+        name = f"{type(server).__name__} request {next(_numbers)}"
         loan = lend(request, self._call)
         job = Job(
             functools.partial(
                 run_blocking, handler, loan.request, client_address, self._view
             ),
-            name=f"{type(server).__name__} request {next(_numbers)}",
+            name=name,
             wake=loan.wake,
-            daemon=(daemon := server._has_daemon_threads()),
+            daemon=daemon,
             abandon_at_once=daemon,
             release=loan.close,
         )
         try:
             await job.run(self._workers)
-        except SystemExit as error:
-            message = "a handler has ended its thread by SystemExit(%r), serving %r"
-            log(logging.WARNING, message, error.code, client_address)
+        except (SystemExit, BaseExceptionGroup) as error:
+            contain_exit(error, client_address)
         finally:
             if job.abandoned:
                 server._note_abandoned()
@@ -124,3 +125,15 @@ def run_blocking(
         f"{handler!r} looks like a blocking handler, but has returned {result!r}, which is "
         "for awaiting: write 'async def handler(request, client_address, server)'"
     )
+
+
+def contain_exit(error: BaseException, client_address: Any) -> None:
+    """Log a `SystemExit` that has ended a handler's thread or process; raise the rest."""
+    exits: BaseException | None = error
+    rest: BaseException | None = None
+    if isinstance(error, BaseExceptionGroup):
+        exits, rest = error.split(SystemExit)
+    if exits is not None:
+        log(logging.WARNING, "%r has ended a request of %r", exits, client_address)
+    if rest is not None:
+        raise rest

@@ -22,21 +22,24 @@ from typing import Any, Final
 
 import trio
 
-from ._sockets import DatagramSocket, StreamSocket
+from ._sockets import DONTWAIT, DatagramSocket, StreamSocket
 from ._workers import CallTrio
 
-WAITING: Final = (
-    "recv",
-    "recv_into",
-    "recvfrom",
-    "recvfrom_into",
-    "recvmsg",
-    "recvmsg_into",
-    "send",
-    "sendall",
-    "sendmsg",
-)
-"""The methods of a socket that may wait for it; ``sendto`` is a matter of its own."""
+WAITING: Final = {
+    "recv": 1,
+    "recv_into": 2,
+    "recvfrom": 1,
+    "recvfrom_into": 2,
+    "recvmsg": 2,
+    "recvmsg_into": 2,
+    "send": 1,
+    "sendall": 1,
+    "sendmsg": 2,
+}
+"""The methods of a socket that may wait, and where their flags stand.
+
+``sendto`` is a matter of its own.
+"""
 
 
 class DatagramView(socket.socket):
@@ -71,6 +74,15 @@ class DatagramView(socket.socket):
     def gettimeout(self) -> float | None:
         """Return what `settimeout` has set."""
         return self._seconds
+
+    @property
+    def timeout(self) -> float | None:
+        """What `settimeout` has set."""
+        return self._seconds
+
+    def dup(self) -> DatagramView:
+        """Return another view; waking this one does not wake it."""
+        return DatagramView(self._sender, self._call)
 
     def setblocking(self, flag: bool, /) -> None:
         """Wait for ever, or not at all. Nobody else's socket is changed."""
@@ -110,13 +122,14 @@ class DatagramView(socket.socket):
         try:
             return super().sendto(*args)
         except BlockingIOError:
-            if self._seconds == 0:
+            flags = args[1] if len(args) > 2 else 0
+            if self._seconds == 0 or flags & DONTWAIT:
                 raise
         sent: int = self._wait(self._sender.sendto, *args)
         return sent
 
 
-def _waiting(name: str) -> Callable[..., Any]:
+def _waiting(name: str, place: int) -> Callable[..., Any]:
     method = getattr(socket.socket, name)
     ready = "wait_readable" if name.startswith("recv") else "wait_writable"
 
@@ -126,16 +139,17 @@ def _waiting(name: str) -> Callable[..., Any]:
             try:
                 return method(self, *args, **kwargs)
             except BlockingIOError:
-                if self._seconds == 0:
+                flags = args[place] if len(args) > place else kwargs.get("flags", 0)
+                if self._seconds == 0 or flags & DONTWAIT:
                     raise
             self._wait(getattr(trio.lowlevel, ready), self)
 
     return call
 
 
-for _name in WAITING:
+for _name, _place in WAITING.items():
     if hasattr(socket.socket, _name):
-        setattr(DatagramView, _name, _waiting(_name))
+        setattr(DatagramView, _name, _waiting(_name, _place))
 
 
 class Loan:

@@ -13,6 +13,7 @@ open that somebody waits for. That it has ended, its parent learns from the syst
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import pickle
@@ -35,6 +36,10 @@ TRACEBACK_LIMIT: Final = 100_000
 """Characters of a child's traceback that come home, from its end."""
 
 
+DESCRIPTION_LIMIT: Final = 1000
+"""Characters of a `ChildFailed` that stands for an error which cannot come home."""
+
+
 class ChildTraceback(Exception):
     """The traceback of an error in a child, as text: the cause of the parent's error."""
 
@@ -50,6 +55,7 @@ class _Apart:
 
     def __init__(self, function: Callable[[], Awaitable[Any]]) -> None:
         self._function = function
+        self.holds_main = threading.current_thread() is threading.main_thread()
         self._scope = trio.CancelScope()
         self._asked = False
         self._token: trio.lowlevel.TrioToken | None = None
@@ -84,9 +90,11 @@ def run_apart(function: Callable[[], Awaitable[Any]]) -> Any:
     """
     results: list[outcome.Outcome[Any]] = []
     apart = _Apart(function)
-    thread = threading.Thread(
-        target=lambda: results.append(outcome.capture(trio.run, apart.main))
-    )
+
+    def run() -> None:
+        results.append(outcome.capture(trio.run, apart.main))
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,))
     _aparts.append(apart)
     try:
         thread.start()
@@ -108,13 +116,16 @@ def call_in_child(function: Callable[[], Awaitable[Any]]) -> Any:
 def _asked_to_end(number: int, frame: object) -> None:
     for apart in _aparts:
         apart.cancel()
-    if not _aparts:
+    if not any(apart.holds_main for apart in _aparts):
         sys.exit(_EXIT_STATUS)
+
+
+_SIGNALS: Final = tuple(signal.valid_signals())
 
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals():
+    for number in _SIGNALS:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     # Ctrl-C goes to the whole foreground; what it means for a child, the parent decides.
@@ -125,16 +136,14 @@ def _reset_signals() -> None:
 def _report(result: outcome.Outcome[Any]) -> bytes:
     """Write down how the work has ended, in a form that can be read for certain."""
     if isinstance(result, outcome.Value):
-        return pickle.dumps((None, ""))
+        return pickle.dumps(None)
     assert isinstance(result, outcome.Error)
-    error = result.error
-    text = "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
-    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    text = "".join(traceback.format_exception(result.error))[-TRACEBACK_LIMIT:]
+    description = "".join(traceback.format_exception_only(result.error)).strip()
+    pickled = b""
     with contextlib.suppress(Exception):  # Of whatever its class does when it is pickled.
-        report = pickle.dumps((outcome.Error(error), text))
-        if type(pickle.loads(report)[0].error) is type(error):
-            return report
-    return pickle.dumps((outcome.Error(ChildFailed(f"{name}: {error}")), text))
+        pickled = pickle.dumps(result)
+    return pickle.dumps((pickled, description[:DESCRIPTION_LIMIT], text))
 
 
 def _flush() -> None:
@@ -278,15 +287,21 @@ class Child:
     def _unwrap(self) -> None:
         """Raise what the child has reported."""
         self._report.seek(0)
-        try:
-            result, text = pickle.load(self._report)
-        except Exception:
-            result, text = None, ""
+        report = self._report.read()
+        if not report:  # It has not come so far.
             if self._status is None or self._status.si_status:
-                raise ChildFailed(self._describe_end()) from None
-        if result is not None:
-            result.error.__cause__ = ChildTraceback(text)
-            result.unwrap()
+                raise ChildFailed(self._describe_end())
+            return
+        found = pickle.loads(report)
+        if found is None:
+            return
+        pickled, description, text = found
+        try:
+            result = pickle.loads(pickled)
+        except Exception:  # Or its class is the child's, or not what it was there.
+            result = outcome.Error(ChildFailed(description))
+        result.error.__cause__ = ChildTraceback(text)
+        result.unwrap()
 
     def _describe_end(self) -> str:
         status = self._status
@@ -294,8 +309,10 @@ class Child:
             return f"child process {self.pid} has ended in a way that is not known"
         if status.si_code == os.CLD_EXITED:
             return f"child process {self.pid} has exited with status {status.si_status}"
-        name = signal.Signals(status.si_status).name
-        return f"child process {self.pid} has been ended by {name}"
+        with contextlib.suppress(ValueError):  # A real-time signal has no name.
+            name = signal.Signals(status.si_status).name
+            return f"child process {self.pid} has been ended by {name}"
+        return f"child process {self.pid} has been ended by signal {status.si_status}"
 
 
 def _open_pidfd(pid: int) -> int | None:

@@ -11,28 +11,34 @@ parent, over a socket that somebody reads for as long as there are children.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-import logging
 import socket
 from collections.abc import Awaitable
 from typing import Any, Final
 
 import trio
 
-from ._blocking import run_blocking
+from ._blocking import contain_exit, run_blocking
 from ._blocking_sockets import lend
 from ._children import call_in_child, fork, run_apart
-from ._generated import generated_class
 from ._handlers import HandlerKind, run_handler
-from ._log import log
+from ._life import Life
 from ._server import BaseServer
-from ._server_view import view_of
+from ._server_view import stand_in, view_of
 from ._sockets import DatagramSocket, StreamSocket
 
 __all__ = ["ForkingMixIn"]
 
 SHUTDOWN: Final = b"s"
 SERVER_CLOSE: Final = b"c"
+
+
+_accepted: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "trio_socketserver_accepted", default=None
+)
+"""What the server has accepted for the request that the current task is a part of."""
 
 
 class _Messages:
@@ -49,11 +55,17 @@ class _Messages:
 
     async def hear(self, server: ForkingMixIn) -> None:
         """Do what the children say, until `end`."""
-        with self._parent_end, self.child_end, self._scope:
-            while True:
-                await trio.lowlevel.wait_readable(self._parent_end)
-                for byte in self._parent_end.recv(4096):
-                    server._obey(bytes([byte]))
+        with self._parent_end, self.child_end:
+            with self._scope:
+                while True:
+                    await trio.lowlevel.wait_readable(self._parent_end)
+                    self._obey(server)
+            with contextlib.suppress(BlockingIOError):
+                self._obey(server)  # The last words of the last child.
+
+    def _obey(self, server: ForkingMixIn) -> None:
+        for byte in self._parent_end.recv(4096):
+            server._obey(bytes([byte]))
 
     def end(self) -> None:
         """Hear no more, and close the sockets."""
@@ -68,6 +80,9 @@ class ForkingMixIn(BaseServer):
     close the sockets that they have inherited. What a handler raises in its child reaches
     `handle_error()` in the parent, with the child's traceback; a child that fails otherwise
     is `ChildFailed`. Handlers of either colour work, but what they change is the child's.
+
+    A blocking handler runs in the child's main thread, where it gets signals, and where
+    `trio.run` does not work, because the parent's has not ended there: use a thread for it.
 
     Cancellation: a child is sent SIGTERM, which cancels an asynchronous handler and is
     `SystemExit` in a blocking one, and after ``cleanup_timeout`` SIGKILL.
@@ -84,6 +99,7 @@ class ForkingMixIn(BaseServer):
 
     _one_at_a_time = False
     _messages: _Messages | None = None
+    _in_child: _InChild | None = None
     _child_ended: trio.Event | None = None
 
     def _limit(self) -> int | None:
@@ -102,15 +118,24 @@ class ForkingMixIn(BaseServer):
     def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
         return self._run_in_child(self._judge_handler(), request, client_address)
 
+    def _handle(self, life: Life) -> Awaitable[None]:
+        _accepted.set(life.request)
+        return super()._handle(life)
+
+    # A KeyboardInterrupt must not get between a child and the task that owns it.
+    @trio.lowlevel.enable_ki_protection
     async def _run_in_child(
         self, kind: HandlerKind, request: Any, client_address: Any
     ) -> None:
         messages = self._listen_to_children()
-        work = functools.partial(
-            _serve_in_child, self, kind, request, client_address, messages.child_end
-        )
+        if self._in_child is None:
+            self._in_child = _InChild(self)
+        work = functools.partial(self._in_child.serve, kind, request, client_address)
+        # A hook may have wrapped what was accepted.
+        sockets = (*_sockets_of(request), *_sockets_of(_accepted.get()))
+        kept = [messages.child_end, *sockets]
         try:
-            child = fork(work, [messages.child_end, *_sockets_of(request)])
+            child = fork(work, kept)
         except BaseException:
             self._lose_child(None)
             raise
@@ -118,9 +143,8 @@ class ForkingMixIn(BaseServer):
         self.active_children.add(child.pid)
         try:
             await child.run(self.cleanup_timeout)
-        except SystemExit as error:
-            message = "a handler has ended its process by SystemExit(%r), serving %r"
-            log(logging.WARNING, message, error.code, client_address)
+        except (SystemExit, BaseExceptionGroup) as error:
+            contain_exit(error, client_address)
         finally:
             self._lose_child(child.pid)
 
@@ -166,53 +190,44 @@ def _sockets_of(request: Any) -> list[socket.socket]:
             return []
 
 
-def _serve_in_child(
-    server: ForkingMixIn,
-    kind: HandlerKind,
-    request: Any,
-    client_address: Any,
-    messages: socket.socket,
-) -> None:
-    copy = _copy_of(server, messages)
-    handler = server.RequestHandlerClass
-    if kind is HandlerKind.BLOCKING:
-        view = view_of(copy, call_in_child)
-        run_blocking(handler, lend(request, call_in_child).request, client_address, view)
-    else:
-        run_apart(functools.partial(_await_handler, copy, kind, request, client_address))
+class _InChild:
+    """What a child works with; made beforehand, because its making takes half a fork.
+
+    Attributes:
+        server: the child's copy of the server, which tells the parent what ends it.
+    """
+
+    def __init__(self, server: ForkingMixIn) -> None:
+        tells = {"shutdown": _tell(SHUTDOWN), "server_close": _tell(SERVER_CLOSE)}
+        self.server = stand_in(server, tells)
+        self._view = view_of(self.server, call_in_child)
+
+    def serve(self, kind: HandlerKind, request: Any, client_address: Any) -> None:
+        """Run the handler, in the child."""
+        if kind is HandlerKind.BLOCKING:
+            handler = self.server.RequestHandlerClass
+            loan = lend(request, call_in_child)
+            run_blocking(handler, loan.request, client_address, self._view)
+        else:
+            run_apart(functools.partial(self._await, kind, request, client_address))
+
+    async def _await(self, kind: HandlerKind, request: Any, client_address: Any) -> None:
+        if isinstance(request, tuple) and isinstance(request[1], DatagramSocket):
+            # Some task of the parent's may hold the lock of this one for ever.
+            request = (request[0], DatagramSocket(request[1].socket))
+        handler = self.server.RequestHandlerClass(request, client_address, self.server)
+        if kind is HandlerKind.ASYNC_CLASS:
+            await run_handler(handler, self.server.cleanup_timeout)
+        else:
+            await handler
 
 
-async def _await_handler(
-    server: ForkingMixIn, kind: HandlerKind, request: Any, client_address: Any
-) -> None:
-    if isinstance(request, tuple) and isinstance(request[1], DatagramSocket):
-        # Some task of the parent's may hold the lock of this one for ever.
-        request = (request[0], DatagramSocket(request[1].socket))
-    handler = server.RequestHandlerClass(request, client_address, server)
-    if kind is HandlerKind.ASYNC_CLASS:
-        await run_handler(handler, server.cleanup_timeout)
-    else:
-        await handler
+def _tell(message: bytes) -> Any:
+    """Return a method that has the parent call its own."""
 
-
-def _copy_of(server: ForkingMixIn, messages: socket.socket) -> Any:
-    """Return the child's copy of the server, which says to the parent what ends it."""
-
-    async def shutdown(self: Any) -> None:
-        messages.send(SHUTDOWN)
+    async def tell(self: ForkingMixIn) -> None:
+        assert self._messages is not None
+        self._messages.child_end.send(message)
         await trio.lowlevel.checkpoint()
 
-    async def server_close(self: Any) -> None:
-        messages.send(SERVER_CLOSE)
-        await trio.lowlevel.checkpoint()
-
-    theirs = type(server)
-    namespace = {
-        "__slots__": (),
-        "__class__": property(lambda self: theirs),
-        "shutdown": shutdown,
-        "server_close": server_close,
-    }
-    copy = object.__new__(generated_class(theirs, namespace))
-    copy.__dict__ = server.__dict__
-    return copy
+    return tell

@@ -21,7 +21,7 @@ class Holder(Protocol):
         """Return the sockets."""
 
 
-connections: Final[set[Holder]] = set()
+connections: Final[weakref.WeakSet[Holder]] = weakref.WeakSet()
 """The connections that servers have accepted, until they are closed."""
 
 servers: Final[weakref.WeakSet[Any]] = weakref.WeakSet()

@@ -35,6 +35,7 @@ from ._life import Life, Outcome, attend
 from ._lifecycle import LoopState, ServingLoop
 from ._log import log_error
 from ._requests import RequestNursery
+from ._sockets import SELECTOR
 from ._statistics import Counters, ServerStatistics
 
 __all__ = ["BaseServer"]
@@ -52,9 +53,7 @@ seen to hold the loop for half a second.
 
 def _is_readable(fileno: int) -> bool:
     """Ask the kernel, without waiting."""
-    # Not the default, epoll, which needs a descriptor when there may be none left.
-    selector_class = getattr(selectors, "PollSelector", selectors.SelectSelector)
-    with selector_class() as selector:
+    with SELECTOR() as selector:
         selector.register(fileno, selectors.EVENT_READ)
         return bool(selector.select(0))
 

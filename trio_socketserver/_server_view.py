@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 import types
+from collections.abc import Mapping
 from typing import Any
 
 from ._colour import is_asynchronous
@@ -28,22 +29,22 @@ class _BlockingMethod:
     def __get__(self, view: Any, owner: type) -> Any:
         if view is None:
             return getattr(super(owner, owner), self._name)
-        method = getattr(view._viewed, self._name)
+        method = getattr(view._trio_socketserver_viewed, self._name)
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             function = functools.partial(method, *args, **kwargs)
             if self._name == "handle_error" and (error := sys.exception()) is not None:
                 function = functools.partial(_while_handling, error, function)
-            return view._call(function)
+            return view._trio_socketserver_call(function)
 
         return call
 
     def __set__(self, view: Any, value: object) -> None:
-        setattr(view._viewed, self._name, value)
+        setattr(view._trio_socketserver_viewed, self._name, value)
 
     def __delete__(self, view: Any) -> None:
-        delattr(view._viewed, self._name)
+        delattr(view._trio_socketserver_viewed, self._name)
 
 
 async def _while_handling(error: BaseException, function: Any) -> Any:
@@ -59,27 +60,38 @@ def _is_method(attribute: object) -> bool:
     return isinstance(attribute, kinds) and is_asynchronous(attribute)
 
 
-def _view_class(server_class: type) -> Any:
-    namespace: dict[str, Any] = {
-        "__slots__": ("_call", "_viewed"),
-        "__class__": property(lambda view: view._viewed.__class__),
-    }
-    for name in dir(server_class):
-        attribute = inspect.getattr_static(server_class, name)
-        if isinstance(attribute, types.MemberDescriptorType):
-            namespace[name] = _slot(name)
-        elif not name.startswith("__") and _is_method(attribute):
-            namespace[name] = _BlockingMethod(name)
-    return generated_class(server_class, namespace)
-
-
 def _slot(name: str) -> property:
     """What a class keeps in a slot is not in the attributes that are shared."""
     return property(
-        lambda view: getattr(view._viewed, name),
-        lambda view, value: setattr(view._viewed, name, value),
-        lambda view: delattr(view._viewed, name),
+        lambda view: getattr(view._trio_socketserver_viewed, name),
+        lambda view, value: setattr(view._trio_socketserver_viewed, name, value),
+        lambda view: delattr(view._trio_socketserver_viewed, name),
     )
+
+
+def stand_in(server: Any, namespace: Mapping[str, object], **slots: object) -> Any:
+    """Return an object that passes for *server* and shares its attributes.
+
+    Args:
+        server: the server.
+        namespace: what its class has instead of the server's class's.
+        **slots: attributes of its own.
+    """
+    theirs = type(server)
+    slots = {"_trio_socketserver_viewed": server, **slots}
+    names: dict[str, object] = {
+        name: _slot(name)
+        for name in set(dir(theirs)).difference(slots)
+        if isinstance(inspect.getattr_static(theirs, name), types.MemberDescriptorType)
+    }
+    names["__slots__"] = tuple(slots)
+    names["__class__"] = property(lambda view: view._trio_socketserver_viewed.__class__)
+    # Not by names that the user's class may have a meaning for, nor by its __setattr__.
+    view = object.__new__(generated_class(theirs, names | dict(namespace)))
+    for name, value in slots.items():
+        object.__setattr__(view, name, value)
+    object.__setattr__(view, "__dict__", server.__dict__)
+    return view
 
 
 def view_of(server: Any, call: CallTrio) -> Any:
@@ -89,8 +101,10 @@ def view_of(server: Any, call: CallTrio) -> Any:
         server: the server.
         call: has its coroutine methods awaited.
     """
-    view = object.__new__(_view_class(type(server)))
-    view._viewed = server
-    view._call = call
-    view.__dict__ = server.__dict__
-    return view
+    theirs = type(server)
+    methods = {
+        name: _BlockingMethod(name)
+        for name in dir(theirs)
+        if not name.startswith("__") and _is_method(inspect.getattr_static(theirs, name))
+    }
+    return stand_in(server, methods, _trio_socketserver_call=call)

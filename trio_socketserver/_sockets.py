@@ -13,7 +13,9 @@ An error that the system reports for a connected socket is the peer's doing and 
 from __future__ import annotations
 
 import errno
+import selectors
 import socket as socketlib
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
@@ -40,6 +42,11 @@ Address: TypeAlias = Any
 
 DONTWAIT: Final[int] = getattr(socketlib, "MSG_DONTWAIT", 0)
 """What tells a system call not to wait; Windows has no such flag."""
+
+SELECTOR: Final[type[selectors.BaseSelector]] = getattr(
+    selectors, "PollSelector", selectors.SelectSelector
+)
+"""Asks the kernel without a descriptor of its own, when there may be none left."""
 
 CLOSED: Final = socketlib.socket()
 """A closed socket, for who has none."""
@@ -87,7 +94,8 @@ def close_socket(sock: socketlib.socket) -> None:
 def _forbid_waiting(sock: socketlib.socket) -> None:
     """See to it that a call on *sock* with ``DONTWAIT`` does not wait."""
     # A timeout, perhaps the default one, would have Python wait before it asks the system.
-    if not DONTWAIT or sock.gettimeout():
+    # Elsewhere than on Linux a connection has its listener's flags, which Python hides.
+    if not DONTWAIT or sys.platform != "linux" or sock.gettimeout():
         sock.setblocking(False)
 
 
@@ -544,7 +552,11 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         else:
             self._sock.close()  # Nobody to wake: 2 µs less.
         if self._sock.fileno() != -1:
-            # A blocking handler has left files open that were made of the socket.
+            # A blocking handler has left files open that were made of the socket, perhaps
+            # in a thread of its own, which is woken.
+            waker = Waker(self._sock)
+            waker.follows = False
+            waker.wake()
             socketlib.close(self._sock.detach())
         connections.discard(self)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import selectors
 import signal
 import socket
@@ -33,7 +32,7 @@ from ._accept import AcceptErrors
 from ._generated import generated_class
 from ._inherited import servers
 from ._log import log, log_error
-from ._sockets import DONTWAIT
+from ._sockets import DONTWAIT, SELECTOR
 from ._waking import Waker, waker_of
 
 IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
@@ -42,6 +41,9 @@ IS_SHUT_DOWN: Final = "_BaseServer__is_shut_down"
 SHUTDOWN_REQUEST: Final = "_BaseServer__shutdown_request"
 """The base class's flag, which its loop, and ours, ends by."""
 
+
+FLAG_GRACE: Final = 0.025
+"""Seconds for ``shutdown()`` to set what a loop of the server's own looks at."""
 
 KNOCK_AFTER: Final = 0.1
 """Seconds that a loop which is awake may take to stop, before `ServingThread.knock`."""
@@ -105,6 +107,7 @@ class ServingThread:
         server: the server.
         start_request: hands a request on to a thread of its own; called in any thread.
         join_requests: waits for those threads; called in any thread.
+        note_idle: called in the serving thread, while stopping, when ``handling`` ends.
 
     Attributes:
         stopping: whether the server has been told to stop, by cancellation.
@@ -119,10 +122,12 @@ class ServingThread:
         server: Any,
         start_request: Callable[[Any, Any], object],
         join_requests: Callable[[], object],
+        note_idle: Callable[[], object],
     ) -> None:
         self._server = server
         self.start_request = start_request
         self.join_requests = join_requests
+        self.note_idle = note_idle
         # Alive as long as a socket of theirs.
         self._wakers: weakref.WeakSet[Waker] = weakref.WeakSet()
         self._wakers_lock = threading.Lock()
@@ -130,6 +135,7 @@ class ServingThread:
         self._errors = AcceptErrors(time.monotonic)
         self._defers = False
         self._waker, self._alarm = socket.socketpair()
+        self._waker.setblocking(False)
         self._alarm.setblocking(False)
         self.stopping = False
         self.handling = False
@@ -224,6 +230,12 @@ class ServingThread:
 
     # -- called in the serving thread ------------------------------------------------
 
+    def waker_of_request(self, request: object) -> Waker | None:
+        """Return what wakes a request, if it is a connection."""
+        if isinstance(request, socket.socket) and request.type == socket.SOCK_STREAM:
+            return self.waker(request)
+        return None
+
     def waker(self, connection: socket.socket) -> Waker:
         """Take note of a connection that a handler may wait for; return what wakes it."""
         waker = waker_of(connection)
@@ -242,15 +254,13 @@ class ServingThread:
         server = self._server
         getattr(server, IS_SHUT_DOWN).clear()
         try:
-            with selectors.PollSelector() as selector:
+            with SELECTOR() as selector:
                 selector.register(server, selectors.EVENT_READ)
                 selector.register(self._waker, selectors.EVENT_READ)
                 while not self._is_to_stop():
-                    ready = [key.fileobj for key, _ in selector.select(poll_interval)]
+                    ready = self._select(selector, poll_interval)
                     if self._is_to_stop():
                         break
-                    if self._waker in ready:
-                        self._waker.recv(4096)
                     if server in ready:
                         server._handle_request_noblock()
                         self._back_off()
@@ -259,13 +269,23 @@ class ServingThread:
             setattr(server, SHUTDOWN_REQUEST, False)
             getattr(server, IS_SHUT_DOWN).set()
 
+    def _select(self, selector: selectors.BaseSelector, timeout: float | None) -> list[Any]:
+        ready: list[Any] = [key.fileobj for key, _ in selector.select(timeout)]
+        if self._waker in ready and not self.stopping:
+            # Several threads may be here. Who stops wakes them all, so that stays.
+            with contextlib.suppress(BlockingIOError):
+                self._waker.recv(4096)
+        return ready
+
     def _is_to_stop(self) -> bool:
         return self.stopping or getattr(self._server, SHUTDOWN_REQUEST)
 
     def _back_off(self) -> None:
         """Pause after a shortage of descriptors, unless it is time to stop."""
         if self._errors.delay:
-            select.select([self._waker], (), (), self._errors.delay)
+            with SELECTOR() as selector:
+                selector.register(self._waker, selectors.EVENT_READ)
+                self._select(selector, self._errors.delay)
 
     def handle_request(self) -> None:
         """Do what the base class's `handle_request()` does, but wake up when told."""
@@ -278,14 +298,13 @@ class ServingThread:
             timeout = server.timeout
         elif server.timeout is not None:
             timeout = min(timeout, server.timeout)
-        with selectors.PollSelector() as selector:
+        with SELECTOR() as selector:
             selector.register(server, selectors.EVENT_READ)
             selector.register(self._waker, selectors.EVENT_READ)
-            ready = [key.fileobj for key, _ in selector.select(timeout)]
-        if self._waker in ready and not self.stopping:
-            self._waker.recv(4096)
-        if self._waker in ready and self.stopping:
-            self.told.wait()
+            ready = self._select(selector, timeout)
+        if self.stopping:
+            # For the flag that shutdown() sets, if it does; it may wait for us to return.
+            self.told.wait(FLAG_GRACE)
         elif server in ready:
             server._handle_request_noblock()
             self._back_off()
@@ -318,14 +337,15 @@ class ServingThread:
         try:
             request, client_address = server.get_request()
         except OSError as error:
-            for accepted in self._accepted:
-                accepted.release()
-            self._accepted.clear()
+            self._release_accepted()
             if server.fileno() != -1 or not self._is_to_stop():
                 self._errors.failed(error)
             return
+        except BaseException:
+            self._release_accepted()
+            raise
         self._errors.succeeded()
-        waker = self._waker_of_request(request)
+        waker = self._claim(request)
         self.handling = True
         try:
             with self.contained(client_address):
@@ -341,13 +361,20 @@ class ServingThread:
                         server.shutdown_request(request)
         finally:
             self.handling = False
+            if self.stopping:
+                self.note_idle()
             if waker is not None and self._is_serial():
                 waker.release()
 
-    def _waker_of_request(self, request: Any) -> Waker | None:
+    def _release_accepted(self) -> None:
+        accepted, self._accepted = self._accepted, []
+        for waker in accepted:
+            waker.release()
+
+    def _claim(self, request: object) -> Waker | None:
         """Return what wakes the request; it may be, or wrap, what has been accepted."""
         accepted, self._accepted = self._accepted, []
-        waker = self.waker(request) if isinstance(request, socket.socket) else None
+        waker = self.waker_of_request(request)
         for other in accepted:
             if waker is None:
                 waker = other

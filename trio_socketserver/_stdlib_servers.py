@@ -15,6 +15,7 @@ Cancelling ends it in steps, each of which is bounded:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -119,9 +120,11 @@ class _Serving:
             functools.partial(
                 trio.from_thread.run, self._join_requests, trio_token=self._token
             ),
+            self._note_idle,
         )
         self._jobs: set[Job] = set()
-        self._requests: dict[Job, trio.CancelScope] = {}
+        self._requests: dict[trio.CancelScope, Job | None] = {}
+        self._cancels_requests = False
         self._progress = trio.Event()
         self._stopping = False
         self._calls_shutdown = False
@@ -195,36 +198,52 @@ class _Serving:
 
     def _hand_on(self, request: Any, client_address: Any) -> None:
         """Have a request handled in a thread of its own; called in any thread."""
-        start = functools.partial(self._nursery.start_soon, name="request")
-        self._token.run_sync_soon(start, self._handle, request, client_address)
+        self._token.run_sync_soon(self._begin, request, client_address)
 
-    async def _handle(self, request: Any, client_address: Any) -> None:
-        waker = None
-        if isinstance(request, socket.socket):
-            waker = self.thread.waker(request)
-            waker.follows = True
+    def _begin(self, request: Any, client_address: Any) -> None:
+        if self._ended:  # A thread of the server's own is late.
+            if isinstance(request, socket.socket):
+                request.close()
+            return
+        # From here on the request is known, and may be cancelled and joined.
+        scope = trio.CancelScope()
+        if self._cancels_requests:
+            scope.cancel()
+        self._requests[scope] = None
+        self._nursery.start_soon(
+            self._handle, scope, request, client_address, name="request"
+        )
 
+    async def _handle(
+        self, scope: trio.CancelScope, request: Any, client_address: Any
+    ) -> None:
         def process() -> None:
             with self.thread.contained(client_address):
                 if self.thread.secures(request):
                     self._server.process_request_thread(request, client_address)
 
-        job = self._job(process, f"request {next(_numbers)}", must_run=True)
-        with trio.CancelScope() as self._requests[job]:
-            try:
+        waker = None
+        try:
+            waker = self.thread.waker_of_request(request)
+            if waker is not None:
+                waker.follows = True
+            job = self._job(process, f"request {next(_numbers)}", must_run=True)
+            self._requests[scope] = job
+            with scope:
                 await self._do(job)
-            except Exception as error:  # Only the thread's starting can raise one.
-                log_error(error, "cannot serve a request of %r", client_address)
-                if isinstance(request, socket.socket):
-                    request.close()
-            finally:
-                if waker is not None:
-                    waker.release()
-                del self._requests[job]
-                self._note_progress()
+        except Exception as error:  # The thread could not be started, for example.
+            log_error(error, "cannot serve a request of %r", client_address)
+            if isinstance(request, socket.socket):
+                request.close()
+        finally:
+            if waker is not None:
+                waker.release()
+            del self._requests[scope]
+            self._note_progress()
 
     def _cancel_requests(self) -> None:
-        for scope in self._requests.values():
+        self._cancels_requests = True
+        for scope in self._requests:
             scope.cancel()
 
     async def _join_requests(self) -> None:
@@ -260,28 +279,42 @@ class _Serving:
 
     async def _go_on_stopping(self) -> None:
         with trio.CancelScope(shield=True):
-            self._signal_children(signal.SIGTERM)
+            self._signal_children("SIGTERM")
             if self._calls_shutdown:
                 with trio.move_on_after(SHUTDOWN_TIMEOUT):
                     await self._call_shutdown()
             self.thread.told.set()
             self._note_progress()
             await self._wait_until(lambda: self._loop_ended, LOOP_GRACE)
-            if not self._loop_ended and not self.thread.handling:
-                self.thread.knock()
-                await self._close()
+            self._signal_children("SIGTERM")  # The loop may have been about to fork.
+            self._nursery.start_soon(self._end_own_loop)
             if self._has_daemon_threads():
                 await self._wait_until(lambda: not self._requests, DAEMON_GRACE)
-                self._abandon(self._requests)
+                self._abandon(self._requests.values())
                 # Others may have waited for those.
                 await self._wait_until(lambda: self._ended, DAEMON_GRACE)
                 self._abandon(self._jobs)
             await self._wait_until(lambda: self._ended, SHUTDOWN_TIMEOUT)
-            self._signal_children(signal.SIGKILL)
+            self._signal_children("SIGKILL")
 
-    def _abandon(self, jobs: Iterable[Job]) -> None:
+    async def _end_own_loop(self) -> None:
+        """Close the socket of a loop that goes on, when it handles no request."""
+        with trio.CancelScope(shield=True):  # Until the loop's thread comes round, or ends.
+            await self._wait_until(
+                lambda: self._loop_ended or not self.thread.handling, math.inf
+            )
+            if not self._loop_ended:
+                self.thread.knock()
+                await self._close()
+
+    def _note_idle(self) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._note_progress)
+
+    def _abandon(self, jobs: Iterable[Job | None]) -> None:
         for job in list(jobs):
-            job.abandon()
+            if job is not None:
+                job.abandon()
 
     async def _call_shutdown(self) -> None:
         job = Job(
@@ -295,11 +328,11 @@ class _Serving:
         except Exception as error:
             log_error(error, "shutdown() of %r failed", self._server)
 
-    def _signal_children(self, number: int) -> None:
+    def _signal_children(self, name: str) -> None:
         for pid in list(getattr(self._server, "active_children", None) or ()):
             try:
                 # Ours still, running or not yet waited for, so the number is no other's.
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                os.kill(pid, number)
+                os.kill(pid, getattr(signal, name))
             except (ChildProcessError, ProcessLookupError):
                 continue  # The server has waited for it meanwhile.

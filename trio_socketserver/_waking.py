@@ -21,12 +21,13 @@ import threading
 import weakref
 from typing import Any
 
-_lock = threading.Lock()
+# Reentrant: under it, a collection may begin, and close what a cycle has held open.
+_lock = threading.RLock()
 
 
 def _renew_lock() -> None:  # pragma: no cover (in forked children)
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import functools
 import math
 import queue
 import threading
@@ -51,7 +52,7 @@ def call_trio(token: trio.lowlevel.TrioToken, function: Callable[[], Awaitable[T
     """
     if trio.lowlevel.in_trio_run():
         return function()
-    if getattr(_this_thread, "is_worker", False):
+    if getattr(_this_thread, "token", None) is token:
         return trio.from_thread.run(function)
     return trio.from_thread.run(function, trio_token=token)
 
@@ -148,12 +149,14 @@ class Job:
         self._task = trio.lowlevel.current_task()
         workers.assign(self)
         await trio.lowlevel.wait_task_rescheduled(self._abort)
-        # Out of the job: the error's traceback, which is to hold this frame, holds the job.
         result, self._outcome = self._outcome, None
-        if self._raise_cancel is not None:
-            self._raise_cancel()
-        assert result is not None
-        result.unwrap()
+        try:
+            if self._raise_cancel is not None:
+                self._raise_cancel()
+            assert result is not None
+            result.unwrap()
+        finally:
+            del result  # An error's traceback holds this frame, and the job.
 
     def _abort(self, raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
         self._cancelled = True
@@ -269,7 +272,7 @@ class _Worker:
             first.end()
 
     def _work(self) -> None:
-        _this_thread.is_worker = True
+        _this_thread.token = self.pool.token
         self._first = None
         try:
             while True:
@@ -284,7 +287,7 @@ class _Worker:
                 call()
                 del call  # Nothing of a request outlives it while we wait.
         finally:
-            _this_thread.is_worker = False
+            del _this_thread.token
 
     def finished(self, job: Job) -> None:
         """Go on, in trio's thread, when a job has ended in ours."""
@@ -370,7 +373,9 @@ class Workers:
                     worker = _Worker(self, job)
                     job.start(worker)
                     self._count += 1
-                    self._start_soon(worker.host, name="worker thread")
+                    # Its context is nobody's: each job brings its own.
+                    start = functools.partial(self._start_soon, name="worker thread")
+                    contextvars.Context().run(start, worker.host)
                 else:
                     return
             self._waiting.popleft()
