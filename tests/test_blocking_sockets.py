@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import socket
@@ -50,6 +51,7 @@ from trio_socketserver import (
 )
 from trio_socketserver._blocking_sockets import DatagramView, lend
 from trio_socketserver._sockets import DatagramSocket
+from trio_socketserver._workers import call_trio
 
 # -- connections ---------------------------------------------------------------------------
 
@@ -735,3 +737,26 @@ async def test_a_view_in_trio(tmp_path: Path) -> None:
             assert await in_thread(view.recv, 100) == b"there"
             with pytest.raises(OSError, match="Destination address required"):
                 view.send(b"x")
+
+
+@bounded
+async def test_a_view_is_a_socket_in_small_things_too() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        call = functools.partial(call_trio, trio.lowlevel.current_trio_token())
+        with DatagramView(DatagramSocket(sock), call) as view:
+            assert view.timeout is None
+            view.settimeout(3)
+            assert view.timeout == view.gettimeout() == 3
+            for receive_now in (
+                lambda: view.recvfrom(9, socket.MSG_DONTWAIT),
+                lambda: view.recv_into(bytearray(9), 9, socket.MSG_DONTWAIT),
+                lambda: view.recv_into(bytearray(9), flags=socket.MSG_DONTWAIT),
+            ):
+                with pytest.raises(BlockingIOError):
+                    receive_now()
+            with view.dup() as copy:
+                assert copy.fileno() not in (view.fileno(), sock.fileno())
+                assert copy.getsockname() == sock.getsockname()
+        assert sock.gettimeout() == 0

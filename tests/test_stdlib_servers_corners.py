@@ -15,6 +15,7 @@ from blocking_servers import client_of, in_thread, make, served
 from helpers import bounded, receive
 
 from trio_socketserver import _stdlib_loop, _stdlib_servers, serve_blocking
+from trio_socketserver._workers import Workers
 
 
 def echo(request: Any, client_address: Any, server: Any) -> None:
@@ -398,3 +399,26 @@ async def test_the_servers_own_socket_may_be_the_request() -> None:
                 client.sendto(b"ping", server.server_address)
                 assert await in_thread(client.recv, 64) == b"ping"
     assert received.is_set()
+
+
+@bounded
+async def test_a_request_handed_on_after_the_loop_has_failed_is_cancelled() -> None:
+    """By a thread of the server's own."""
+    server = make(lambda request, *_: request.recv(1), socketserver.ThreadingMixIn)
+    serving = _stdlib_servers._Serving(server)
+    late, peer = socket.socketpair()
+    with serving.thread.adopted(), peer:
+        async with trio.open_nursery() as nursery:
+            serving._nursery = nursery
+            serving._workers = workers = Workers(nursery.start_soon)
+            serving._cancel_requests()
+            server.process_request(late, "nowhere")
+            await trio.testing.wait_all_tasks_blocked()
+            serving._abandon(serving._requests.values())  # It is no daemon's.
+            serving._abandon([None])  # Nor is what has no thread yet.
+            assert peer.recv(1) == b""
+            await serving._join_requests()
+            serving._loop_ended = serving._ended = True
+            serving._note_progress()
+            workers.close()
+    server.server_close()

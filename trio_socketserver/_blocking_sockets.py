@@ -94,22 +94,22 @@ class DatagramView(socket.socket):
 
     def _wait(self, function: Callable[..., Any], *args: Any) -> Any:
         """Await *function* in trio, within the timeout."""
-        if self._woken:
-            raise BrokenPipeError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+        shut_down = BrokenPipeError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
         async def bounded() -> Any:
             seconds = math.inf if self._seconds is None else self._seconds
-            with trio.move_on_after(seconds) as scope:
+            with trio.move_on_after(0 if self._woken else seconds) as scope:
                 self._scopes.add(scope)
                 try:
                     return await function(*args)
                 finally:
                     self._scopes.discard(scope)
-            if self._woken:
-                raise BrokenPipeError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
-            raise TimeoutError("timed out")
+            raise shut_down if self._woken else TimeoutError("timed out")
 
-        return self._call(bounded)
+        try:
+            return self._call(bounded)
+        except trio.RunFinishedError:
+            raise shut_down from None
 
     def wake(self) -> None:
         """End every wait on this view, now and from now on; called in trio's thread."""

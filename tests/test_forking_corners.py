@@ -1,0 +1,134 @@
+"""What children and parents do where the system does not help, or others interfere."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from helpers import bounded
+
+from trio_socketserver import ChildFailed, ForkingTCPServer, _children, _forking, _inherited
+from trio_socketserver._inherited import close_inherited
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def nothing() -> None:
+    pass
+
+
+async def fork_and_wait(work: Callable[[], object] = nothing) -> None:
+    await _children.fork(work, []).run(5)
+
+
+@bounded
+async def test_without_pidfds_a_thread_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    await fork_and_wait()
+    with pytest.raises(ChildFailed, match="SIGKILL"):
+        await fork_and_wait(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@bounded
+async def test_without_pidfds_cancelling_ends_the_child(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    with trio.move_on_after(0.1) as scope:
+        await fork_and_wait(signal.pause)
+    assert scope.cancelled_caught
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@bounded
+async def test_without_memfds_the_report_is_in_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+
+    def fail() -> None:
+        raise LookupError("in the child")
+
+    with pytest.raises(LookupError, match="in the child"):
+        await fork_and_wait(fail)
+
+
+@bounded
+async def test_what_cannot_be_reported_is_an_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(result: object) -> bytes:
+        raise LookupError("no words")
+
+    monkeypatch.setattr(_children, "_report", fail)
+    with pytest.raises(ChildFailed, match="status 1"):
+        await fork_and_wait()
+    assert "no words" in capfd.readouterr().err
+
+
+@bounded
+async def test_a_child_that_others_have_waited_for() -> None:
+    for status in (0, 3):
+        child = _children.fork(lambda status=status: os._exit(status), [])
+        os.waitpid(child.pid, 0)
+        with pytest.raises(ChildFailed, match="not known"):
+            await child.run(5)
+
+
+def test_where_trio_runs_a_child_calls_it_by_awaiting() -> None:
+    answers: list[str] = []
+
+    async def answer() -> str:
+        return "answer"
+
+    async def main() -> None:
+        awaitable = _children.call_in_child(answer)
+        assert inspect.iscoroutine(awaitable)
+        answers.append(await awaitable)
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    thread.join()
+    # In the main thread there is a run that never ends, in a child.
+    answers.append(_children.call_in_child(answer))
+    assert answers == ["answer", "answer"]
+
+
+def test_the_sockets_of_a_request() -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        assert _forking._sockets_of(left) == [left]
+        assert _forking._sockets_of("another request") == []
+
+
+def test_a_child_closes_what_it_does_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server:
+        socket: Any = None
+
+    with_socket, without = Server(), Server()
+    kept, other = socket.socketpair()
+    with_socket.socket = other
+    keeping = Server()
+    keeping.socket = kept
+    monkeypatch.setattr(_inherited, "servers", [with_socket, without, keeping])
+    monkeypatch.setattr(_inherited, "connections", [])
+    with kept:
+        close_inherited([kept])
+        assert other.fileno() == -1
+        assert kept.fileno() != -1
+        close_inherited([kept])
+
+
+@bounded
+async def test_a_child_needs_a_server_that_serves() -> None:
+    server = ForkingTCPServer(("127.0.0.1", 0), nothing)
+    with server.socket, pytest.raises(RuntimeError, match="serves"):
+        await server.finish_request(None, None)
