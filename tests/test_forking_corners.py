@@ -49,6 +49,21 @@ async def test_without_pidfds_cancelling_ends_the_child(
 
 
 @bounded
+async def test_without_pidfds_and_threads_no_child_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(trio.to_thread, "run_sync", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        await fork_and_wait(signal.pause)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@bounded
 async def test_without_memfds_the_report_is_in_a_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

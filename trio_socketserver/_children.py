@@ -30,6 +30,7 @@ import outcome
 import trio
 
 from ._exceptions import ChildFailed
+from ._groups import open_ungrouped_nursery
 from ._inherited import close_inherited
 
 TRACEBACK_LIMIT: Final = 100_000
@@ -239,38 +240,59 @@ class Child:
         """
         try:
             pidfd = _open_pidfd(self.pid)
-            try:
-                await self._wait_to_end(pidfd, cleanup_timeout)
-            finally:
-                if pidfd is not None:
+            if pidfd is None:
+                await self._wait_by_thread(cleanup_timeout)
+            else:
+                ended = functools.partial(trio.lowlevel.wait_readable, pidfd)
+                try:
+                    await self._wait_to_end(pidfd, ended, cleanup_timeout)
+                finally:
                     os.close(pidfd)
             self._unwrap()
         finally:
             self._report.close()
 
-    async def _wait_to_end(self, pidfd: int | None, cleanup_timeout: float) -> None:
+    async def _wait_by_thread(self, cleanup_timeout: float) -> None:
+        ended = trio.Event()
+        wait = functools.partial(os.waitid, os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+        async def watch() -> None:
+            until_it_ends = trio.CancelScope(shield=True)
+            try:
+                with until_it_ends, contextlib.suppress(ChildProcessError):
+                    await trio.to_thread.run_sync(wait, limiter=trio.CapacityLimiter(1))
+            except Exception:  # No thread to wait in: it has to end now.
+                self._signal(None, signal.SIGKILL)
+                raise
+            finally:
+                ended.set()
+
+        async with open_ungrouped_nursery() as nursery:
+            nursery.start_soon(watch)
+            await self._wait_to_end(None, ended.wait, cleanup_timeout)
+
+    async def _wait_to_end(
+        self,
+        pidfd: int | None,
+        ended: Callable[[], Awaitable[object]],
+        cleanup_timeout: float,
+    ) -> None:
+        """Wait until the child has ended; cancelled, end it."""
         try:
-            await self._wait(pidfd)
+            await self._take(ended)
         except BaseException:
             with trio.CancelScope(shield=True):  # SIGKILL ends it.
                 self._signal(pidfd, signal.SIGTERM)
                 with trio.move_on_after(cleanup_timeout):
-                    await self._wait(pidfd)
+                    await self._take(ended)
                 if not self._has_ended:
                     self._signal(pidfd, signal.SIGKILL)
-                    await self._wait(pidfd)
+                    await self._take(ended)
             raise
 
-    async def _wait(self, pidfd: int | None) -> None:
+    async def _take(self, ended: Callable[[], Awaitable[object]]) -> None:
         """Wait until the child has ended, and take its exit status."""
-        if pidfd is None:
-            wait = functools.partial(os.waitid, os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-            with contextlib.suppress(ChildProcessError):
-                await trio.to_thread.run_sync(
-                    wait, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
-                )
-        else:
-            await trio.lowlevel.wait_readable(pidfd)
+        await ended()
         self._has_ended = True
         with contextlib.suppress(ChildProcessError):  # Somebody else has taken it.
             self._status = os.waitid(  # noqa: ASYNC222 (it does not wait any more)

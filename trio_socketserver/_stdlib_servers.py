@@ -278,7 +278,7 @@ class _Serving:
             self._token.run_sync_soon(self._nursery.start_soon, self._go_on_stopping)
 
     async def _go_on_stopping(self) -> None:
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True):  # Each step of it is bounded.
             self._signal_children("SIGTERM")
             if self._calls_shutdown:
                 with trio.move_on_after(SHUTDOWN_TIMEOUT):
