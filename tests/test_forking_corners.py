@@ -8,11 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from helpers import bounded
+from helpers import bounded, running
 
 from trio_socketserver import ChildFailed, ForkingTCPServer, _children, _forking, _inherited
 from trio_socketserver._inherited import close_inherited
@@ -147,3 +148,29 @@ async def test_a_child_needs_a_server_that_serves() -> None:
     server = ForkingTCPServer(("127.0.0.1", 0), nothing)
     with server.socket, pytest.raises(RuntimeError, match="serves"):
         await server.finish_request(None, None)
+
+
+WAKEUP_PROGRAM = """
+import signal
+import trio
+from trio_socketserver import ForkingTCPServer
+
+def tell(request, client_address, server):
+    request.sendall(b"%d" % signal.set_wakeup_fd(-1))
+
+async def main():
+    async with ForkingTCPServer(("127.0.0.1", 0), tell) as server:
+        async with await trio.open_tcp_stream(*server.server_address) as stream:
+            await server.handle_request()
+            print((await stream.receive_some()).decode(), flush=True)
+
+trio.run(main)
+"""
+
+
+def test_a_signal_to_a_child_does_not_wake_the_parent(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(WAKEUP_PROGRAM)
+    with running("-W", "ignore::DeprecationWarning", str(program)) as process:
+        out, err = process.communicate()
+    assert (out, err) == ("-1\n", "")
