@@ -760,3 +760,16 @@ async def test_a_view_is_a_socket_in_small_things_too() -> None:
                 assert copy.fileno() not in (view.fileno(), sock.fileno())
                 assert copy.getsockname() == sock.getsockname()
         assert sock.gettimeout() == 0
+
+
+@bounded
+async def test_a_view_outlives_trio_as_a_socket_that_is_shut_down() -> None:
+    def finished(function: Any) -> Any:
+        raise trio.RunFinishedError
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.setblocking(False)
+        with DatagramView(DatagramSocket(sock), finished) as view:
+            with pytest.raises(BrokenPipeError):
+                view.recv(1)
