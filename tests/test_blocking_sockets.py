@@ -770,6 +770,6 @@ async def test_a_view_outlives_trio_as_a_socket_that_is_shut_down() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         sock.setblocking(False)
-        with DatagramView(DatagramSocket(sock), finished) as view:
-            with pytest.raises(BrokenPipeError):
-                view.recv(1)
+        view = DatagramView(DatagramSocket(sock), finished)
+        with view, pytest.raises(BrokenPipeError):
+            view.recv(1)
