@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import outcome
 import pytest
 import trio
 from helpers import bounded, running
@@ -174,3 +176,21 @@ def test_a_signal_to_a_child_does_not_wake_the_parent(tmp_path: Path) -> None:
     with running("-W", "ignore::DeprecationWarning", str(program)) as process:
         out, err = process.communicate()
     assert (out, err) == ("-1\n", "")
+
+
+def test_what_is_cancelled_before_it_begins_ends_at_once() -> None:
+    results: list[outcome.Outcome[object]] = []
+    apart = _children._Apart(trio.sleep_forever)
+    apart.cancel()
+    run = functools.partial(outcome.capture, trio.run, apart.main)
+    thread = threading.Thread(target=lambda: results.append(run()))
+    thread.start()
+    thread.join()
+    apart.cancel()  # Nor is it too late for one that has ended.
+    with pytest.raises(SystemExit):
+        results[0].unwrap()
+
+
+def test_a_child_that_runs_no_trio_ends_by_an_exception() -> None:
+    with pytest.raises(SystemExit):
+        _children._asked_to_end(signal.SIGTERM, None)
