@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import pickle
 import signal
 import socket
 import threading
@@ -137,9 +138,16 @@ def test_a_child_closes_what_it_does_not_keep(monkeypatch: pytest.MonkeyPatch) -
     keeping = Server()
     keeping.socket = kept
     monkeypatch.setattr(_inherited, "servers", [with_socket, without, keeping])
-    monkeypatch.setattr(_inherited, "connections", [])
-    with kept:
+
+    class Connection:
+        def held(self) -> list[socket.socket]:
+            return [third]
+
+    third, fourth = socket.socketpair()
+    monkeypatch.setattr(_inherited, "connections", [Connection()])
+    with kept, fourth:
         close_inherited([kept])
+        assert third.fileno() == -1
         assert other.fileno() == -1
         assert kept.fileno() != -1
         close_inherited([kept])
@@ -194,3 +202,26 @@ def test_what_is_cancelled_before_it_begins_ends_at_once() -> None:
 def test_a_child_that_runs_no_trio_ends_by_an_exception() -> None:
     with pytest.raises(SystemExit):
         _children._asked_to_end(signal.SIGTERM, None)
+
+
+def test_a_child_whose_main_thread_waits_for_trio_ends_with_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apart = _children._Apart(trio.sleep_forever)
+    monkeypatch.setattr(_children, "_aparts", [apart])
+    _children._asked_to_end(signal.SIGTERM, None)
+    with pytest.raises(SystemExit):
+        trio.run(apart.main)
+
+
+@pytest.mark.parametrize(
+    "error", [LookupError("where"), LookupError(lambda: None)], ids=repr
+)
+def test_an_error_is_reported_or_described(error: Exception) -> None:
+    report = _children._report(outcome.Error(error))
+    pickled, description, text = pickle.loads(report)
+    assert description.startswith("LookupError: ")
+    assert "LookupError" in text
+    if pickled:
+        assert pickle.loads(pickled).error.args == ("where",)
+    assert pickle.loads(_children._report(outcome.Value(3))) is None

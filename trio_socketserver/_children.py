@@ -124,7 +124,7 @@ def _asked_to_end(number: int, frame: object) -> None:
 _SIGNALS: Final = tuple(signal.valid_signals())
 
 
-def _reset_signals() -> None:
+def _reset_signals() -> None:  # pragma: no cover (in forked children)
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         if callable(signal.getsignal(number)):
@@ -153,7 +153,7 @@ def _flush() -> None:
             stream.flush()
 
 
-def _be_child(
+def _be_child(  # pragma: no cover (in forked children)
     work: Callable[[], object],
     kept: Iterable[socket.socket],
     report: IO[bytes],
@@ -199,7 +199,7 @@ def fork(work: Callable[[], object], kept: Iterable[socket.socket]) -> Child:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         pid = os.fork()
-        if pid == 0:
+        if pid == 0:  # pragma: no cover (in forked children)
             _be_child(work, kept, report, mask)
     except BaseException:
         report.close()

@@ -202,7 +202,9 @@ class _InChild:
         self.server = stand_in(server, tells)
         self._view = view_of(self.server, call_in_child)
 
-    def serve(self, kind: HandlerKind, request: Any, client_address: Any) -> None:
+    def serve(  # pragma: no cover (in forked children)
+        self, kind: HandlerKind, request: Any, client_address: Any
+    ) -> None:
         """Run the handler, in the child."""
         if kind is HandlerKind.BLOCKING:
             handler = self.server.RequestHandlerClass
@@ -211,7 +213,9 @@ class _InChild:
         else:
             run_apart(functools.partial(self._await, kind, request, client_address))
 
-    async def _await(self, kind: HandlerKind, request: Any, client_address: Any) -> None:
+    async def _await(  # pragma: no cover (in forked children)
+        self, kind: HandlerKind, request: Any, client_address: Any
+    ) -> None:
         if isinstance(request, tuple) and isinstance(request[1], DatagramSocket):
             # Some task of the parent's may hold the lock of this one for ever.
             request = (request[0], DatagramSocket(request[1].socket))
@@ -225,7 +229,7 @@ class _InChild:
 def _tell(message: bytes) -> Any:
     """Return a method that has the parent call its own."""
 
-    async def tell(self: ForkingMixIn) -> None:
+    async def tell(self: ForkingMixIn) -> None:  # pragma: no cover (in forked children)
         assert self._messages is not None
         self._messages.child_end.send(message)
         await trio.lowlevel.checkpoint()
