@@ -285,6 +285,31 @@ async def test_shutdown_may_wait_for_a_loop_of_its_own() -> None:
 
 
 @bounded
+async def test_shutdown_may_wait_for_a_loop_that_has_just_looked_at_its_flag() -> None:
+    between, told, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Server(socketserver.TCPServer):
+        quits = False
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while not self.quits:
+                between.set()
+                told.wait()
+                self.handle_request()
+            done.set()
+
+        def shutdown(self) -> None:
+            self.quits = True
+            told.set()
+            done.wait()
+
+    server = make(echo, Server)
+    async with served(server, changes=["quits"]) as serving:
+        await in_thread(between.wait)
+        assert await serving.stop() < _stdlib_servers.SHUTDOWN_TIMEOUT
+
+
+@bounded
 async def test_a_request_just_handed_on_is_cancelled_when_the_loop_fails() -> None:
     class Server(socketserver.ThreadingTCPServer):
         handed_on = False

@@ -290,6 +290,10 @@ class ServingThread:
     def handle_request(self) -> None:
         """Do what the base class's `handle_request()` does, but wake up when told."""
         server = self._server
+        if self.stopping and not self.told.is_set():
+            # The loop may have looked at its flag just before shutdown() sets it.
+            self.told.wait(FLAG_GRACE)
+            return
         if self.stopping:
             # A loop of its own that shutdown() does not stop; closing the socket will.
             self.closed.wait()
