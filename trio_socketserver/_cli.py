@@ -7,6 +7,7 @@ served; a traceback is for our own faults only.
 from __future__ import annotations
 
 import argparse
+import copyreg
 import importlib
 import ipaddress
 import logging
@@ -30,6 +31,7 @@ from ._handlers import (
     StreamRequestHandler,
     handler_kind,
 )
+from ._preforking import pickled
 from ._run import GRACEFUL_TIMEOUT, run
 from ._server import BaseServer, Handler
 
@@ -126,10 +128,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="%(choices)s (default: by the handler)",
     )
     parser.add_argument(
+        "--workers", metavar="N", type=_count, help="serve in so many processes"
+    )
+    parser.add_argument(
         "--max-requests-at-once",
         metavar="N",
         type=_count,
-        help="leave what comes beyond to the kernel's queue",
+        help="of each worker; the kernel queues what comes beyond",
     )
     parser.add_argument(
         "--graceful-timeout",
@@ -202,6 +207,30 @@ def load_handler(name: str) -> Handler:
     return handler
 
 
+class _Made(type):
+    """The type of the classes made here, which pickle as how they were made."""
+
+    made_of: tuple[str, dict[str, Any]]
+
+
+def make_class(name: str, attributes: dict[str, Any]) -> Any:
+    """Make a server class.
+
+    Args:
+        name: that of the public class to derive it from.
+        attributes: what it has instead; with "workers", it is a pre-forking one.
+    """
+    bases: tuple[type, ...] = (getattr(trio_socketserver, name),)
+    if "workers" in attributes:
+        bases = (trio_socketserver.PreforkingMixIn, *bases)
+    made = _Made(name, bases, attributes)
+    made.made_of = name, attributes
+    return made
+
+
+copyreg.pickle(_Made, lambda made: (make_class, made.made_of))
+
+
 def make_server(options: argparse.Namespace) -> BaseServer:
     """Make the server that the command line asks for.
 
@@ -213,11 +242,15 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         kind = "UDP" if options.udp else "TCP"
     else:
         kind = "UnixDatagram" if options.udp else "UnixStream"
-    attributes = {
+    attributes: dict[str, Any] = {
         "address_family": family,
         "graceful_timeout": options.graceful_timeout,
         "request_timeout": options.request_timeout,
     }
+    if options.workers is not None:
+        if not hasattr(trio_socketserver, "PreforkingMixIn"):
+            raise UsageError("this system has no worker processes")
+        attributes["workers"] = options.workers
     handler: Handler = EchoDatagram if options.udp else EchoStream
     if options.handler is not None:
         handler = load_handler(options.handler)
@@ -227,9 +260,10 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         prefix, limit = DISPATCH[dispatch]
         if limit is not None and options.max_requests_at_once is not None:
             attributes[limit] = options.max_requests_at_once
-        name = f"{prefix}{kind}Server"
-        server_class = type(name, (getattr(trio_socketserver, name),), attributes)
+        server_class = make_class(f"{prefix}{kind}Server", attributes)
         server: BaseServer = server_class(address, handler)
+        if options.workers is not None:
+            pickled(server)  # Or it would fail when it is about to serve.
     except TypeError as error:
         raise UsageError(str(error)) from error
     except OSError as error:

@@ -12,7 +12,6 @@ import socket as socketlib
 import struct
 from typing import Any, Final
 
-from ._server import Handler
 from ._sockets import DatagramSocket
 from ._stream_servers import TCPServer
 
@@ -53,15 +52,10 @@ class UDPServer(TCPServer):
 
     _default_max_tasks = DATAGRAM_TASKS
 
-    def __init__(
-        self,
-        server_address: Any,
-        RequestHandlerClass: Handler,
-        bind_and_activate: bool = True,
-    ) -> None:
+    def _set_up(self) -> None:
+        super()._set_up()
         self._sender: DatagramSocket | None = None
         self._dropped_before = 0
-        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
 
     def server_activate(self) -> None:
         """Do nothing: datagrams come to a bound socket."""

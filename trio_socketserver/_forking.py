@@ -98,9 +98,13 @@ class ForkingMixIn(BaseServer):
     """The process ids of the children; None before the first."""
 
     _one_at_a_time = False
-    _messages: _Messages | None = None
-    _in_child: _InChild | None = None
-    _child_ended: trio.Event | None = None
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.active_children = None
+        self._messages: _Messages | None = None
+        self._in_child: _InChild | None = None
+        self._child_ended: trio.Event | None = None
 
     def _limit(self) -> int | None:
         return self.max_children

@@ -96,17 +96,22 @@ class BaseServer:
 
     _default_max_tasks: int | None = None
     _one_at_a_time = True
+    _batch = BATCH
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_server_class(cls)
 
     def __init__(self, server_address: Any, RequestHandlerClass: Handler) -> None:
+        self._set_up()
         self.server_address = server_address
-        self._judged: Handler | None = None
-        self._handler_kind = HandlerKind.ASYNC_CLASS
         self.RequestHandlerClass = RequestHandlerClass
         self._judge_handler()
+
+    def _set_up(self) -> None:
+        """Make what the server keeps for itself. All else is what it was told to do."""
+        self._judged: Handler | None = None
+        self._handler_kind = HandlerKind.ASYNC_CLASS
         self._counters = Counters()
         self._loop = ServingLoop()
         self._accept_errors = AcceptErrors()
@@ -290,8 +295,8 @@ class BaseServer:
         Cancellation: stops accepting. Inside ``async with server:``, requests go on.
         """
         ticks = self._is_overridden("service_actions")
-        serve = functools.partial(self._serve, max(poll_interval, 0) if ticks else None)
-        await self._run_loop(serve, task_status)
+        interval = max(poll_interval, 0) if ticks else None
+        await self._run_loop(functools.partial(self._serve, interval), task_status)
 
     async def handle_request(self) -> None:
         """Wait for one request and handle it.
@@ -318,7 +323,9 @@ class BaseServer:
         await self._loop.wait_ended()
 
     async def _run_loop(
-        self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
+        self,
+        body: Callable[[Callable[[], None]], Awaitable[None]],
+        task_status: trio.TaskStatus[Any],
     ) -> None:
         if self._requests is not None and self._requests.closing:
             if not self._loop.fresh:
@@ -334,9 +341,9 @@ class BaseServer:
                     self._accept_errors = AcceptErrors()
                     if not scope.cancel_called:
                         self._prepare_listener()
-                    task_status.started(self.server_address)
+                    started = functools.partial(task_status.started, self.server_address)
                     with scope, requests.surrounding():
-                        await body()
+                        await body(started)
                 finally:
                     # Before the requests are joined: shutdown() does not wait for them.
                     self._loop.end()
@@ -347,7 +354,11 @@ class BaseServer:
     def _prepare_listener(self) -> None:
         """Make the listening socket ready for the loop."""
 
-    async def _serve(self, poll_interval: float | None) -> None:
+    async def _serve(
+        self, poll_interval: float | None, started: Callable[[], None]
+    ) -> None:
+        """Serve until cancelled; call *started* first, once."""
+        started()
         while True:
             if poll_interval is None:
                 await self._wait_for_request()
@@ -362,13 +373,14 @@ class BaseServer:
             await self.service_actions()
 
     async def _accept_batch(self) -> None:
-        for _ in range(BATCH):
+        for _ in range(self._batch):
             if self._is_full() or not await self._accept():
                 return
             if self._loop.state is not LoopState.RUNNING:
                 return  # A hook has called shutdown().
 
-    async def _serve_one(self) -> None:
+    async def _serve_one(self, started: Callable[[], None]) -> None:
+        started()
         timeout = math.inf if self.timeout is None else max(self.timeout, 0)
         deadline = trio.current_time() + timeout
         while True:

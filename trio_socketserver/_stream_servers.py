@@ -220,14 +220,14 @@ _close_request = TCPServer.close_request
 if hasattr(socketlib, "AF_UNIX"):
     __all__ += ["UnixStreamServer"]
 
-    class UnixSocketFile:
+    class UnixSocketFile(TCPServer):
         """The file of a bound Unix socket, which is removed only by who has made it.
 
         Mixed into the Unix servers. Two starters that find the same stale file at the same
         moment can both bind: there is no lock on a path. Only the later one is reachable.
         """
 
-        address_family: int = socketlib.AF_UNIX
+        address_family = socketlib.AF_UNIX
 
         unlink_socket: bool = True
         """Whether to remove a stale socket file before binding and our own on closing.
@@ -239,10 +239,9 @@ if hasattr(socketlib, "AF_UNIX"):
         socket_mode: int | None = None
         """The file's permissions, for example ``0o660``; None for what the umask gives."""
 
-        socket: socketlib.socket
-        socket_type: int
-        server_address: Any
-        _bound_file: tuple[str | bytes, int, int] | None = None
+        def _set_up(self) -> None:
+            super()._set_up()
+            self._bound_file: tuple[str | bytes, int, int] | None = None
 
         def server_bind(self) -> None:
             """Bind the socket to the path ``server_address``; abstract names work too."""
