@@ -40,7 +40,7 @@ class _Cores:
         return os.cpu_count() or 1
 
 
-def pickled(server: PreforkingMixIn) -> bytes:
+def pickled(server: BaseServer) -> bytes:
     """Return the server as workers get it.
 
     Raises:
@@ -66,7 +66,7 @@ def pickled(server: PreforkingMixIn) -> bytes:
     return data
 
 
-def _culprit(server: PreforkingMixIn, error: Exception) -> tuple[str, Exception]:
+def _culprit(server: BaseServer, error: Exception) -> tuple[str, Exception]:
     """Find what does not pickle, for a message."""
     try:
         pickle.dumps(type(server))
