@@ -13,6 +13,7 @@ request elsewhere, so joining, the graceful timeout and cancelling are the share
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket as socketlib
@@ -24,6 +25,7 @@ import trio
 from ._crew import Crew
 from ._fresh_interpreter import MainModule, is_running_main_again
 from ._groups import open_ungrouped_nursery
+from ._log import log
 from ._server import BaseServer
 from ._statistics import Counters, ServerStatistics
 from ._worker_link import News, WorkerLink
@@ -105,6 +107,7 @@ class PreforkingMixIn(BaseServer):
     Raises:
         TypeError: by `serve_forever()`, before any worker has started: the server, or a
             part of it, does not pickle.
+        ValueError: by `serve_forever()`: ``workers`` is less than 1.
         ChildFailed: by `serve_forever()`: several workers in a row have ended before they
             could serve; the traceback of the last one is the cause.
 
@@ -178,6 +181,8 @@ class PreforkingMixIn(BaseServer):
             await super()._serve(poll_interval, started)
             return
         assert self._requests is not None
+        if self.workers < 1:
+            raise ValueError(f"workers must be 1 or more, not {self.workers}")
         if self._crew is not None:  # Of an earlier loop; it may have requests still.
             self._crew.close()
         self._crew = crew = Crew(self, pickled(self), poll_interval)
@@ -194,10 +199,11 @@ class PreforkingMixIn(BaseServer):
                 started()
         finally:
             crew.stop()
-            with trio.CancelScope(
-                deadline=trio.current_time() + self.cleanup_timeout, shield=True
-            ):
+            deadline = trio.current_time() + self.cleanup_timeout
+            with trio.CancelScope(deadline=deadline, shield=True) as waiting:
                 await crew.wait_stopped()
+            if waiting.cancelled_caught:
+                log(logging.WARNING, "a worker process is stuck, and may accept once more")
 
     async def _stop_accepting(self) -> None:
         try:

@@ -246,6 +246,9 @@ if hasattr(socketlib, "AF_UNIX"):
         def server_bind(self) -> None:
             """Bind the socket to the path ``server_address``; abstract names work too."""
             path = self.server_address
+            if _is_path(path) and 0 in os.fsencode(path):
+                # The system would take it for the path's end, and bind another one.
+                raise ValueError(f"the path of a socket has a zero byte in it: {path!r}")
             if self.unlink_socket and _is_path(path) and self._is_stale(path):
                 os.unlink(path)
             if self.socket_mode is not None:

@@ -106,6 +106,7 @@ class _Worker:
         self._poll_interval = 0.5 if poll_interval is None else poll_interval
         self._hard = trio.CancelScope()
         self._is_to_close = trio.Event()
+        self._is_told_to_stop = False  # If not, an override has ended the loop.
 
     async def run(self) -> None:
         """Serve, until told to end."""
@@ -117,7 +118,8 @@ class _Worker:
                     async with self._server:
                         await self._server.serve_forever(self._poll_interval)
                         self._link.say(News.STOPPED)
-                        await self._is_to_close.wait()
+                        if self._is_told_to_stop:
+                            await self._is_to_close.wait()
                 self._nursery.cancel_scope.cancel()
 
     async def _close_on(self, signals: AsyncIterator[int]) -> None:
@@ -127,6 +129,7 @@ class _Worker:
     def _obey(self, order: Order) -> None:
         match order:
             case Order.STOP:
+                self._is_told_to_stop = True
                 self._nursery.start_soon(self._server.shutdown)
             case Order.CLOSE:
                 self._is_to_close.set()
