@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 import trio
 
-from ._children import describe_end, nameless_file
+from ._children import ChildTraceback, describe_end, nameless_file
 from ._exceptions import ChildFailed
 from ._fresh_interpreter import MainModule, command
 from ._groups import open_ungrouped_nursery
@@ -151,6 +151,10 @@ class Crew:
         for worker in self._workers:
             worker.say(Order.CLOSE)
 
+    def has_workers(self) -> bool:
+        """Tell whether workers of it run still."""
+        return bool(self._workers)
+
     def add_to(self, counters: Counters) -> None:
         """Add what the workers have counted that run now."""
         for worker in self._workers:
@@ -160,31 +164,34 @@ class Crew:
         delay = RESTART_DELAY
         while not self._stopping.is_set():
             begun = trio.current_time()
-            reason = await self._have_one(ready)
-            if self._stopping.is_set():
+            worker = await self._have_one(ready)
+            if self._stopping.is_set() or self.has_failed:
+                if worker.status:
+                    log(logging.WARNING, "%s", worker.describe_end())
                 return
             if trio.current_time() - begun > STEADY_AFTER:
                 delay = RESTART_DELAY
-            log(logging.WARNING, "%s; another is started in %g s", reason, delay)
+            message = "%s; another is started in %g s"
+            log(logging.WARNING, message, worker.describe_end(), delay)
             with trio.move_on_after(delay):
                 await self._stopping.wait()
             delay = min(2 * delay, LONGEST_RESTART_DELAY)
 
-    async def _have_one(self, ready: trio.Event) -> str:
-        """Have one worker, until it ends; say how it has ended."""
+    async def _have_one(self, ready: trio.Event) -> _Worker:
+        """Have one worker, until it ends."""
         worker = _Worker(self._server, functools.partial(self._note_ready, ready))
         self._workers.add(worker)
         try:
             await worker.run(self._preparation)
         except OSError as error:  # The system has no room for a process, or a descriptor.
-            worker.ended_by = f"a worker process cannot be started: {error}"
+            worker.error = error
         finally:
             self._workers.discard(worker)
             worker.stopped.set()
             self._server._counters.add(worker.take_counters())
         if not worker.is_ready:
             self._note_failure(worker)
-        return worker.ended_by
+        return worker
 
     def _note_ready(self, ready: trio.Event) -> None:
         self._failures = 0
@@ -195,8 +202,9 @@ class Crew:
         if self._failures == START_ATTEMPTS:
             self._failure = ChildFailed(
                 f"{self._failures} worker processes in a row have ended before they could "
-                f"serve; the last of them: {worker.ended_by}"
+                f"serve; the last of them: {worker.describe_end()}"
             )
+            self._failure.__cause__ = worker.error
             self._failed.set()
 
 
@@ -207,20 +215,22 @@ class _Worker:
         is_ready: whether it serves, or has served.
         stopped: set when it accepts no more.
         counters: what it counts.
-        ended_by: how it has ended.
+        status: how the process has ended, as in `subprocess`; None if it has not been
+            started, or has been cancelled.
+        error: why, if it has said so.
     """
 
     def __init__(self, server: Host, note_ready: Callable[[], object]) -> None:
         self.is_ready = False
         self.stopped = trio.Event()
         self.counters = Counters()
-        self.ended_by = "a worker process has been cancelled"
+        self.status: int | None = None
+        self.error: Exception | None = None
         self._server = server
         self._note_ready = note_ready
         self._starting = trio.CancelScope()
         self._hearing = trio.CancelScope(shield=True)  # As long as the process lives.
         self._frames = Frames()
-        self._traceback = ""
         self._pid = 0
 
     def held(self) -> list[socket.socket]:
@@ -253,7 +263,8 @@ class _Worker:
                             deliver_cancel=self._end,
                             task_status=self,
                         )
-                        self._note_end(ended.returncode)
+                        self._hear_rest()
+                        self.status = ended.returncode
                 finally:
                     self._hearing.cancel()
 
@@ -270,11 +281,12 @@ class _Worker:
         await trio.sleep(patience_of(self._server))
         process.kill()
 
-    def _note_end(self, status: int) -> None:
-        self._hear_rest()
-        self.ended_by = f"worker process {self._pid} {describe_end(status)}"
-        if self._traceback:
-            self.ended_by += f", because of this:\n\n{self._traceback}"
+    def describe_end(self) -> str:
+        """Say how it has ended, and why."""
+        if self.status is None:
+            return f"a worker process could not be started: {self.error}"
+        text = f"worker process {self._pid} {describe_end(self.status)}"
+        return text if self.error is None else f"{text}: {self.error}"
 
     def take_counters(self) -> Counters:
         """Return what it has counted; what it was at has failed with it."""
@@ -331,7 +343,7 @@ class _Worker:
             case News.STOPPED:
                 self.stopped.set()
             case News.FAILED:
-                self._traceback = content.decode()
+                self.error = ChildTraceback(content.decode())
             case News.LOG:
                 log_for_worker(content)
             case News.SHUTDOWN | News.SERVER_CLOSE:

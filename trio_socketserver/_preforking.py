@@ -13,10 +13,12 @@ request elsewhere, so joining, the graceful timeout and cancelling are the share
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import pickle
 import socket as socketlib
+import types
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -56,8 +58,9 @@ def pickled(server: BaseServer) -> bytes:
         raise TypeError(
             f"{name} cannot be taken to worker processes, because {what} does not pickle: "
             f"{reason}. Classes and functions have to be at the top level of a module. "
-            "What a worker is to make for itself, take out in __getstate__() and make in "
-            "__setstate__(), as in pickle's documentation"
+            "What a worker is to make for itself, take out of what "
+            "super().__getstate__() returns, and make in __setstate__(), after "
+            "super().__setstate__(state)"
         ) from error
     if b"__main__" in data and MainModule.of_this_process() is None:
         raise TypeError(
@@ -74,13 +77,21 @@ def _culprit(server: BaseServer, error: Exception) -> tuple[str, Exception]:
         pickle.dumps(type(server))
     except Exception as reason:
         return "its class", reason
-    state = server.__getstate__()
+    try:
+        state = server.__getstate__()
+    except Exception as reason:
+        return "its state", reason
     for name, value in state.items() if isinstance(state, dict) else ():
         try:
             pickle.dumps(value)
         except Exception as reason:
             return f"its attribute {name.removeprefix('_')!r}", reason
     return "it", error
+
+
+def _is_slot(server_class: type, name: str) -> bool:
+    found = inspect.getattr_static(server_class, name, None)
+    return isinstance(found, types.MemberDescriptorType)
 
 
 class PreforkingMixIn(BaseServer):
@@ -94,9 +105,9 @@ class PreforkingMixIn(BaseServer):
     and handlers run there, in the colour and place that the other bases say.
 
     A copy is made by `pickle`. Its ``__init__`` is not called; what does not pickle, or has
-    to be made anew in each worker, take out in ``__getstate__()`` and make in
-    ``__setstate__()``. The program's main module runs once more in each worker if the
-    server's or the handler's class is defined there; so it needs ``if __name__ ==
+    to be made anew in each worker, take out of what ``super().__getstate__()`` returns, and
+    make in ``__setstate__()``. The program's main module runs once more in each worker if
+    the server's or the handler's class is defined there; so it needs ``if __name__ ==
     "__main__":``. What workers log is logged by the program, unless they import a module
     that configures logging.
 
@@ -129,7 +140,7 @@ class PreforkingMixIn(BaseServer):
                 "do belongs under \"if __name__ == '__main__':\""
             )
         super()._set_up()
-        self._crew: Crew | None = None
+        self._crews: list[Crew] = []
         self._link: WorkerLink | None = None
 
     # -- in a copy -------------------------------------------------------------------
@@ -139,12 +150,19 @@ class PreforkingMixIn(BaseServer):
         blank = object.__new__(type(self))
         blank._set_up()
         own = {"socket", *vars(blank)}
-        return {name: value for name, value in vars(self).items() if name not in own}
+        found: Any = object.__getstate__(self)
+        everything, slots = found if isinstance(found, tuple) else (found, {})
+        state = everything | slots
+        return {name: value for name, value in state.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a copy."""
         self._set_up()
-        vars(self).update(state)
+        for name, value in state.items():
+            if _is_slot(type(self), name):
+                object.__setattr__(self, name, value)
+            else:
+                vars(self)[name] = value
 
     async def shutdown(self) -> None:
         """Stop `serve_forever()`, and wait until no worker accepts any more.
@@ -183,9 +201,9 @@ class PreforkingMixIn(BaseServer):
         assert self._requests is not None
         if self.workers < 1:
             raise ValueError(f"workers must be 1 or more, not {self.workers}")
-        if self._crew is not None:  # Of an earlier loop; it may have requests still.
-            self._crew.close()
-        self._crew = crew = Crew(self, pickled(self), poll_interval)
+        crew = Crew(self, pickled(self), poll_interval)
+        self._close_crews()  # Of earlier loops; they may have requests still.
+        self._crews = [crew, *filter(Crew.has_workers, self._crews)]
         try:
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(crew.raise_failure)
@@ -209,8 +227,15 @@ class PreforkingMixIn(BaseServer):
         try:
             await super()._stop_accepting()
         finally:
-            if self._crew is not None:
-                self._crew.close()
+            self._close_crews()
+
+    def _close_crews(self) -> None:
+        for crew in self._crews:
+            crew.close()
+
+    def _backlog(self) -> int:
+        # It is the workers', who hear of the closing only now.
+        return 0 if self._crews else super()._backlog()
 
     def _obey(self, news: News) -> None:
         """Do what a worker's handler has called."""
@@ -225,6 +250,6 @@ class PreforkingMixIn(BaseServer):
         """
         counters = Counters()
         counters.add(self._counters)
-        if self._crew is not None:
-            self._crew.add_to(counters)
+        for crew in self._crews:
+            crew.add_to(counters)
         return counters.snapshot(self._datagrams_dropped())

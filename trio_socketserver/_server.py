@@ -121,6 +121,8 @@ class BaseServer:
         self._block: AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         self._arriving: Life | None = None
         self._room: trio.Event | None = None
+        self._turn = trio.Lock()
+        self._queued = 0
         self._keeps_listener = False
 
     # -- the handler -----------------------------------------------------------------
@@ -221,7 +223,32 @@ class BaseServer:
             if self._blocking_world is not None:
                 self._blocking_world.close()
         if not self._keeps_listener:
-            self._stop_listening()
+            try:
+                # A cancelled server drains nothing.
+                if trio.current_effective_deadline() > -math.inf:
+                    with trio.move_on_after(self.cleanup_timeout):
+                        await self._take_backlog()
+            finally:
+                self._stop_listening()
+
+    async def _take_backlog(self) -> None:
+        """Accept what the kernel has accepted already; limits delay what follows."""
+        assert self._requests is not None
+        for _ in range(self._backlog()):
+            try:
+                request, client_address = await self.get_request()
+            except OSError:  # BlockingIOError: there is no more. Others: nor will be.
+                return
+            self._counters.accepted += 1
+            self._queued += 1
+            life = Life(request, client_address)
+            self._requests.start_soon(
+                attend, self, self._admit_in_turn, life, name="request"
+            )
+
+    def _backlog(self) -> int:
+        """Return how many requests to take when closing begins."""
+        return 0
 
     def _patience(self) -> float:
         return self.graceful_timeout if self.block_on_close else 0.0
@@ -423,7 +450,7 @@ class BaseServer:
 
     def _is_full(self) -> bool:
         limit = self._limit()
-        return limit is not None and self._counters.active >= limit
+        return limit is not None and self._counters.active - self._queued >= limit
 
     async def _wait_for_room(self) -> None:
         while self._is_full():
@@ -465,6 +492,17 @@ class BaseServer:
         finally:
             self._arriving = None
         life.is_settled = True
+
+    async def _admit_in_turn(self, life: Life) -> None:
+        """The first stage of what was accepted beyond the limit, in a task of its own."""
+        assert self._requests is not None
+        self._requests.enter_request()
+        try:
+            async with self._turn:
+                await self._wait_for_room()
+                await self._admit(life)
+        finally:
+            self._queued -= 1
 
     def _handle(self, life: Life) -> Awaitable[None]:
         """The second stage, in the request's own task."""

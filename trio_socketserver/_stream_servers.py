@@ -81,6 +81,13 @@ class TCPServer(BaseServer):
     dualstack_ipv6: bool = True
     """Whether a server of ``AF_INET6`` on the wildcard address serves IPv4 too."""
 
+    drain_backlog: bool = False
+    """Whether closing first accepts what the kernel has accepted already.
+
+    At most ``request_queue_size`` of them; where a limit is reached, they wait for their
+    turn. Without it the kernel resets these connections, as it does in socketserver.
+    """
+
     socket: socketlib.socket
     server_address: Any
 
@@ -157,6 +164,12 @@ class TCPServer(BaseServer):
 
     def _close_listener(self) -> None:
         close_socket(self.socket)
+
+    def _backlog(self) -> int:
+        # A server that has not served yet has not made its socket ready for it either.
+        if not self.drain_backlog or self._loop.fresh:
+            return 0
+        return self.request_queue_size
 
     async def get_request(self) -> tuple[Any, Any]:
         """Accept one connection, as the pair of a `StreamSocket` and the peer's address.

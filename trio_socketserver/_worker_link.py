@@ -107,6 +107,10 @@ class WorkerLink:
                 obey(Order(bytes([order])))
 
 
+PLAIN = (str, bytes, int, float, type(None))
+"""What can be pickled, and is the same in the server. All else is logged as its `repr`."""
+
+
 class LogToServer(logging.handlers.QueueHandler):
     """Have the server log what the worker logs, to where the program has configured."""
 
@@ -115,8 +119,12 @@ class LogToServer(logging.handlers.QueueHandler):
         self._link = link
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        """Send a record, which the base class has made fit for that."""
-        self._link.say(News.LOG, pickle.dumps(vars(record)))
+        """Send a record, of which the base class has made a text already."""
+        values = {
+            name: value if isinstance(value, PLAIN) else repr(value)
+            for name, value in vars(record).items()
+        }
+        self._link.say(News.LOG, pickle.dumps(values))
 
 
 def log_levels() -> dict[str | None, int]:
