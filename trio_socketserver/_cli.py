@@ -24,6 +24,7 @@ from typing import Any, Final, NoReturn
 
 import trio_socketserver
 
+from ._activation import take_listen_fds
 from ._colour import innermost
 from ._handlers import (
     DatagramRequestHandler,
@@ -94,9 +95,17 @@ def _count(text: str) -> int:
     return count
 
 
+def _descriptor(text: str) -> int:
+    descriptor = int(text)
+    if descriptor < 0:
+        raise ValueError
+    return descriptor
+
+
 # argparse puts these names into its messages.
 _seconds.__name__ = "number of seconds"
 _count.__name__ = "count"
+_descriptor.__name__ = "descriptor"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -112,20 +121,26 @@ def make_parser() -> argparse.ArgumentParser:
         "handler",
         metavar="HANDLER",
         nargs="?",
-        help="module:attribute, a handler class or a function (default: an echo)",
+        help="module:attribute, class or function (default: echo)",
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--bind",
         metavar="ADDRESS",
-        default=DEFAULT_BIND,
-        help="host:port, [ipv6]:port or unix:/path (default: %(default)s)",
+        help=f"[host]:port or unix:/path ({DEFAULT_BIND})",
+    )
+    where.add_argument(
+        "--fd",
+        metavar="N",
+        type=_descriptor,
+        help="a listening socket (LISTEN_FDS is honoured too)",
     )
     parser.add_argument("--udp", action="store_true", help="serve datagrams")
     parser.add_argument(
         "--dispatch",
         metavar="HOW",
         choices=list(DISPATCH),
-        help="%(choices)s (default: by the handler)",
+        help="%(choices)s",
     )
     parser.add_argument(
         "--workers", metavar="N", type=_count, help="serve in so many processes"
@@ -134,14 +149,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-requests-at-once",
         metavar="N",
         type=_count,
-        help="of each worker; the kernel queues what comes beyond",
+        help="in each worker; the kernel queues the rest",
     )
     parser.add_argument(
         "--graceful-timeout",
         metavar="SECONDS",
         type=_seconds,
         default=GRACEFUL_TIMEOUT,
-        help="how long draining may take (default: %(default)g)",
+        help="how long draining may take (%(default)g)",
     )
     parser.add_argument(
         "--request-timeout",
@@ -207,6 +222,38 @@ def load_handler(name: str) -> Handler:
     return handler
 
 
+def inherited_socket(options: argparse.Namespace) -> socket.socket | None:
+    """Return the socket that was given by ``--fd`` or a service manager, if one was.
+
+    Raises:
+        UsageError: it cannot be served.
+    """
+    descriptor = options.fd
+    if descriptor is None and options.bind is None:
+        descriptors = take_listen_fds()
+        if len(descriptors) > 1:
+            raise UsageError(f"LISTEN_FDS is {len(descriptors)}: only one can be served")
+        descriptor = descriptors[0] if descriptors else None
+    if descriptor is None:
+        return None
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError as error:
+        reason = error.strerror
+        raise UsageError(f"cannot serve descriptor {descriptor}: {reason}") from error
+    kind = sock.type
+    served = {socket.SOCK_DGRAM} if options.udp else {socket.SOCK_DGRAM, socket.SOCK_STREAM}
+    listens = kind == socket.SOCK_DGRAM or sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    )
+    if kind not in served or not listens:
+        sock.detach()  # It is not ours.
+        reason = "it does not listen" if kind in served else "it is of another type"
+        raise UsageError(f"cannot serve descriptor {descriptor}: {reason}")
+    sock.set_inheritable(False)
+    return sock
+
+
 class _Made(type):
     """The type of the classes made here, which pickle as how they were made."""
 
@@ -237,7 +284,14 @@ def make_server(options: argparse.Namespace) -> BaseServer:
     Raises:
         UsageError: it cannot be made.
     """
-    family, address = parse_address(options.bind)
+    inherited = inherited_socket(options)
+    bind = DEFAULT_BIND if options.bind is None else options.bind
+    address: Any = None
+    if inherited is None:
+        family, address = parse_address(bind)
+    else:
+        family = inherited.family
+        options.udp = inherited.type == socket.SOCK_DGRAM
     if family in (socket.AF_INET, socket.AF_INET6):
         kind = "UDP" if options.udp else "TCP"
     else:
@@ -261,14 +315,18 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         if limit is not None and options.max_requests_at_once is not None:
             attributes[limit] = options.max_requests_at_once
         server_class = make_class(f"{prefix}{kind}Server", attributes)
-        server: BaseServer = server_class(address, handler)
+        server: BaseServer
+        if inherited is None:
+            server = server_class(address, handler)
+        else:
+            server = server_class.from_socket(inherited, handler)
         if options.workers is not None:
             pickled(server)  # Or it would fail when it is about to serve.
     except TypeError as error:
         raise UsageError(str(error)) from error
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"cannot bind {options.bind}: {reason}") from error
+        raise UsageError(f"cannot bind {bind}: {reason}") from error
     return server
 
 
