@@ -62,7 +62,7 @@ class Host(Protocol):
     def fileno(self) -> int:
         """Return the listening socket's descriptor."""
 
-    def _obey(self, news: News) -> None:
+    def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""
 
 
@@ -347,4 +347,4 @@ class _Worker:
             case News.LOG:
                 log_for_worker(content)
             case News.SHUTDOWN | News.SERVER_CLOSE:
-                self._server._obey(news)
+                self._server._obey_worker(news)

@@ -65,7 +65,7 @@ class _Messages:
 
     def _obey(self, server: ForkingMixIn) -> None:
         for byte in self._parent_end.recv(4096):
-            server._obey(bytes([byte]))
+            server._obey_child(bytes([byte]))
 
     def end(self) -> None:
         """Hear no more, and close the sockets."""
@@ -173,7 +173,7 @@ class ForkingMixIn(BaseServer):
             self._child_ended.set()
             self._child_ended = None
 
-    def _obey(self, message: bytes) -> None:
+    def _obey_child(self, message: bytes) -> None:
         assert self._requests is not None
         hook = self.shutdown if message == SHUTDOWN else self.server_close
         self._requests.start_soon(hook, name="asked for by a child")

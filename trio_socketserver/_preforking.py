@@ -207,8 +207,9 @@ class PreforkingMixIn(BaseServer):
         try:
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(crew.raise_failure)
-                crew.begin(self.workers, self._requests.start_soon)
                 try:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    crew.begin(self.workers, self._requests.start_soon)
                     await crew.wait_ready()
                 except trio.Cancelled:
                     if not crew.has_failed:  # But shutdown() came first.
@@ -237,7 +238,7 @@ class PreforkingMixIn(BaseServer):
         # It is the workers', who hear of the closing only now.
         return 0 if self._crews else super()._backlog()
 
-    def _obey(self, news: News) -> None:
+    def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""
         assert self._requests is not None
         hook = self.shutdown if news is News.SHUTDOWN else self.server_close
