@@ -662,7 +662,7 @@ async def test_what_a_child_says_before_it_is_heard_is_not_lost() -> None:
     heard: list[bytes] = []
 
     class Server:
-        _obey = staticmethod(heard.append)
+        _obey_child = staticmethod(heard.append)
 
     messages = _Messages()
     async with trio.open_nursery() as nursery:
