@@ -41,6 +41,9 @@ def command(module: str, *arguments: str) -> list[str]:
     """
     # What multiprocessing and CPython's own tests use; there is no public name for it.
     options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    # Of these it knows only some; those it gives twice do no harm.
+    for name, value in sys._xoptions.items():
+        options.append(f"-X{name}" if value is True else f"-X{name}={value}")
     return [sys.executable, *options, "-c", _START, module, *arguments, "--", *sys.path]
 
 

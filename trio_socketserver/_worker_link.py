@@ -107,7 +107,7 @@ class WorkerLink:
                 obey(Order(bytes([order])))
 
 
-PLAIN = (str, bytes, int, float, type(None))
+PLAIN = frozenset({str, bytes, int, bool, float, type(None)})
 """What can be pickled, and is the same in the server. All else is logged as its `repr`."""
 
 
@@ -121,7 +121,7 @@ class LogToServer(logging.handlers.QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         """Send a record, of which the base class has made a text already."""
         values = {
-            name: value if isinstance(value, PLAIN) else repr(value)
+            name: value if type(value) in PLAIN else repr(value)
             for name, value in vars(record).items()
         }
         self._link.say(News.LOG, pickle.dumps(values))
