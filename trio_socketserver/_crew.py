@@ -26,7 +26,7 @@ from ._children import ChildTraceback, describe_end, nameless_file
 from ._exceptions import ChildFailed
 from ._fresh_interpreter import MainModule, command
 from ._groups import open_ungrouped_nursery
-from ._inherited import connections
+from ._inherited import connections, remember
 from ._log import log
 from ._statistics import Counters, SharedCounters
 from ._worker_link import Frames, News, Order, log_for_worker, log_levels
@@ -246,8 +246,8 @@ class _Worker:
         with contextlib.ExitStack() as stack:
             self._sock, self._theirs = map(stack.enter_context, socket.socketpair())
             self._sock.setblocking(False)
-            connections.add(self)
-            figures = stack.enter_context(nameless_file())
+            remember(connections, self)
+            figures = stack.enter_context(open(nameless_file(), "w+b"))
             figures.truncate(SharedCounters.SIZE)
             self.counters = SharedCounters(mmap.mmap(figures.fileno(), 0))
             passed = (self._server.fileno(), self._theirs.fileno(), figures.fileno())

@@ -6,7 +6,8 @@ handler runs in the child, with a copy of everything, a blocking one in the chil
 thread, an asynchronous one in a trio of the child's own.
 
 What a child says to its server, by ``shutdown()`` or ``server_close()``, goes to the
-parent, over a socket that somebody reads for as long as there are children.
+parent, over a socket that a task reads from the first child until closing has begun and the last
+child has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Final
 import trio
 
 from ._blocking import contain_exit, run_blocking
-from ._blocking_sockets import lend
+from ._blocking_sockets import give
 from ._children import call_in_child, fork, run_apart
 from ._handlers import HandlerKind, run_handler
 from ._life import Life
@@ -166,12 +167,23 @@ class ForkingMixIn(BaseServer):
         assert self.active_children is not None
         if pid is not None:
             self.active_children.discard(pid)
-        if self._messages is not None and not self.active_children:
-            self._messages.end()
-            self._messages = None
+        if self._requests is None or self._requests.closing:
+            self._stop_listening_to_children()
         if self._child_ended is not None:
             self._child_ended.set()
             self._child_ended = None
+
+    async def _stop_accepting(self) -> None:
+        try:
+            await super()._stop_accepting()
+        finally:
+            self._stop_listening_to_children()
+
+    def _stop_listening_to_children(self) -> None:
+        """Hear no more, if there are no children; for a late one it begins again."""
+        if self._messages is not None and not self.active_children:
+            self._messages.end()
+            self._messages = None
 
     def _obey_child(self, message: bytes) -> None:
         assert self._requests is not None
@@ -212,8 +224,8 @@ class _InChild:
         """Run the handler, in the child."""
         if kind is HandlerKind.BLOCKING:
             handler = self.server.RequestHandlerClass
-            loan = lend(request, call_in_child)
-            run_blocking(handler, loan.request, client_address, self._view)
+            given = give(request, call_in_child)
+            run_blocking(handler, given, client_address, self._view)
         else:
             run_apart(functools.partial(self._await, kind, request, client_address))
 

@@ -26,7 +26,7 @@ import trio
 
 from ._crew import Preparation, patience_of
 from ._groups import open_ungrouped_nursery
-from ._inherited import connections, servers
+from ._inherited import connections, remember, servers
 from ._preforking import PreforkingMixIn
 from ._sockets import ListeningSocket
 from ._statistics import SharedCounters
@@ -47,13 +47,13 @@ def main() -> None:
     for descriptor in (listener, link_end, figures):
         os.set_inheritable(descriptor, False)
     link = WorkerLink(socket.socket(fileno=link_end))
-    connections.add(link)
+    remember(connections, link)
     watch = ParentWatch(link)
     try:
         preparation: Preparation = pickle.load(sys.stdin.buffer)
         server = _server_of(preparation, link)
         server.socket = ListeningSocket(fileno=listener)
-        servers.add(server)
+        remember(servers, server)
         server._counters = SharedCounters(mmap.mmap(figures, SharedCounters.SIZE))
         os.close(figures)
         server._link = link
