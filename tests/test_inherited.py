@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import socketserver
@@ -132,6 +133,18 @@ def test_a_connection_is_forgotten_when_it_is_closed() -> None:
     stream.close_now()
     assert connections == before
     theirs.close()
+
+
+def test_a_connection_that_is_dropped_is_forgotten() -> None:
+    """Nobody has closed it; knowing of it does not keep it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        stream = StreamSocket.accepted(ours)
+        assert len(connections) == 1
+        del stream
+        gc.collect()
+        assert not connections
 
 
 def test_nothing_inherited_is_nothing_to_do() -> None:

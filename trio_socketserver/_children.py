@@ -20,7 +20,7 @@ from __future__ import annotations
 
 # `signal` wraps these functions to make enums of numbers. Of the 64 handlers that a child
 # looks at, that would be a twentieth of a request.
-import _signal
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import contextvars
 import functools
@@ -134,17 +134,21 @@ def _asked_to_end(number: int, frame: object) -> None:
         sys.exit(_EXIT_STATUS)
 
 
-_SIGNALS: Final = tuple(map(int, signal.valid_signals()))
+_OTHER_SIGNALS: Final = tuple(
+    int(number)
+    for number in signal.valid_signals()
+    if number not in (signal.SIGINT, signal.SIGTERM)
+)
 
 
 def _reset_signals() -> None:  # pragma: no cover (in forked children)
-    signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
-        if callable(_signal.getsignal(number)):
-            _signal.signal(number, _signal.SIG_DFL)
+    _signal.set_wakeup_fd(-1)
     # Ctrl-C goes to the whole foreground; what it means for a child, the parent decides.
     _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
     _signal.signal(_signal.SIGTERM, _asked_to_end)
+    for number in _OTHER_SIGNALS:
+        if callable(_signal.getsignal(number)):
+            _signal.signal(number, _signal.SIG_DFL)
 
 
 def _describe(error: BaseException) -> bytes:
@@ -210,9 +214,7 @@ def fork(work: Callable[[], object], kept: Iterable[socket.socket]) -> Child:
     _flush()  # Or what is buffered would be written by the child too.
     report = nameless_file()
     # A signal must not meet the parent's handlers in the child.
-    mask = _signal.pthread_sigmask(
-        _signal.SIG_BLOCK, (_signal.SIGTERM, _signal.SIGINT)
-    )
+    mask = _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGTERM, _signal.SIGINT))
     try:
         pid = os.fork()
         if pid == 0:  # pragma: no cover (in forked children)
@@ -263,7 +265,8 @@ class Child:
             else:
                 ended = functools.partial(trio.lowlevel.wait_readable, pidfd)
                 await self._wait_to_end(pidfd, ended, cleanup_timeout)
-            self._unwrap()
+            if os.pread(self._report, len(WELL), 0) != WELL:
+                self._raise_report()
         finally:
             os.close(self._report)
             if pidfd is not None:
@@ -322,18 +325,16 @@ class Child:
             else:
                 signal.pidfd_send_signal(pidfd, number)
 
-    def _unwrap(self) -> None:
-        """Raise what the child has reported."""
-        report = os.pread(self._report, len(WELL), 0)
-        if report == WELL:
-            return
+    def _raise_report(self) -> None:
+        """Raise what the child has reported, if it is not that all is well."""
+        with open(self._report, "rb", closefd=False) as file:
+            file.seek(0)
+            report = file.read()
         if not report:  # It has not come so far.
             if self._status is None or self._status.si_status:
                 raise ChildFailed(self._describe_end())
             return
-        with open(os.dup(self._report), "rb") as file:
-            file.seek(0)
-            pickled, description, text = pickle.load(file)
+        pickled, description, text = pickle.loads(report)
         try:
             result = pickle.loads(pickled)
         except Exception:  # Or its class is the child's, or not what it was there.

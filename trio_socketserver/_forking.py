@@ -6,8 +6,8 @@ handler runs in the child, with a copy of everything, a blocking one in the chil
 thread, an asynchronous one in a trio of the child's own.
 
 What a child says to its server, by ``shutdown()`` or ``server_close()``, goes to the
-parent, over a socket that a task reads from the first child until closing has begun and the last
-child has ended.
+parent, over a socket. A task reads it from the first child on until closing has begun and
+the last child has ended; one for each busy time was a sixth of what a lone request costs.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Any, Final, Protocol, TypeAlias
 
-T = TypeVar("T")
+References: TypeAlias = set[weakref.ref[Any]]
 
 
 class Holder(Protocol):
@@ -27,38 +27,33 @@ class Holder(Protocol):
         """Return the sockets."""
 
 
-connections: Final[set[weakref.ref[Holder]]] = set()
-"""The connections that servers have accepted, until they are closed."""
+connections: Final[References] = set()
+"""The connections, each a `Holder`, that servers have accepted, until they are closed."""
 
-servers: Final[set[weakref.ref[Any]]] = set()
+servers: Final[References] = set()
 """The servers; each may have a ``socket``."""
 
 
-def remember(references: set[weakref.ref[T]], thing: T) -> None:
+def remember(references: References, thing: object) -> None:
     """Add a reference to *thing*, which goes when it is forgotten or does not live."""
     references.add(weakref.ref(thing, references.discard))
 
 
-def forget(references: set[weakref.ref[T]], thing: T) -> None:
+def forget(references: References, thing: object) -> None:
     """Discard the reference to *thing*, if there is one."""
     references.discard(weakref.ref(thing))
 
 
-def _inherited() -> Iterator[socket.socket]:
-    for connection in list(connections):
-        if (holder := connection()) is not None:
-            yield from holder.held()
-    for server in list(servers):
-        sock = getattr(server(), "socket", None)
-        if isinstance(sock, socket.socket):
-            yield sock
-
-
 def close_inherited(kept: Iterable[socket.socket]) -> None:
     """Close, in a child, what it has inherited of the parent's, except for *kept*."""
+    inherited: list[Any] = [getattr(server(), "socket", None) for server in servers]
+    for connection in connections:
+        holder: Holder | None = connection()
+        if holder is not None:
+            inherited += holder.held()
     keeping = {sock.fileno() for sock in kept}
-    for sock in _inherited():
-        if sock.fileno() not in keeping:
+    for sock in inherited:
+        if isinstance(sock, socket.socket) and sock.fileno() not in keeping:
             # Below all overrides, which would tell the parent's trio, or take its locks.
             descriptor = super(socket.socket, sock).detach()
             if descriptor != -1:
