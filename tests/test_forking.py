@@ -42,7 +42,7 @@ from trio_socketserver._combinations import (
     ForkingUnixDatagramServer,
     ForkingUnixStreamServer,
 )
-from trio_socketserver._forking import SHUTDOWN, _Messages
+from trio_socketserver._forking import BATCH, SHUTDOWN, _Messages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -283,6 +283,31 @@ async def test_at_max_children_the_kernel_queues_and_the_program_runs() -> None:
                 client.sendall(b"x")
                 assert (await receive_to_end(client)).endswith(b" X")
         assert server.statistics().accepted == 3
+
+
+@bounded
+async def test_the_loop_goes_round_between_a_few_forks() -> None:
+    rounds = 0
+    forked_in: list[int] = []
+
+    class Server(Keeps):
+        async def finish_request(self, request: Any, client_address: Any) -> None:
+            forked_in.append(rounds)
+            await super().finish_request(request, client_address)
+
+    server = Server(old_function)
+    clients = [pose(server, b"x") for _ in range(5 * BATCH)]
+    async with server, trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_forever)
+        while server.statistics().accepted < len(clients):
+            await trio.lowlevel.checkpoint()
+            rounds += 1
+        for client in clients:
+            with client:
+                assert (await receive_to_end(client)).endswith(b" X")
+        await server.shutdown()
+    # Trio shuffles the tasks of a round, so two rounds may follow each other unseen.
+    assert max(forked_in.count(number) for number in forked_in) <= 2 * BATCH
 
 
 @bounded

@@ -32,6 +32,15 @@ from ._sockets import DatagramSocket, StreamSocket
 
 __all__ = ["ForkingMixIn"]
 
+BATCH: Final = 4
+"""Requests taken per wake-up at most: each is a fork, and that stops the event loop.
+
+By 0.5 ms in a process of 30 MB and 4 ms in one of 240 MB, and twice that where children
+want the same core. With thirty clients at once a larger batch stopped it for six times as
+long; a smaller one has more pages copied, because what is done between two forks is done
+on the same pages.
+"""
+
 SHUTDOWN: Final = b"s"
 SERVER_CLOSE: Final = b"c"
 
@@ -98,6 +107,7 @@ class ForkingMixIn(BaseServer):
     active_children: set[int] | None = None
     """The process ids of the children; None before the first."""
 
+    _batch = BATCH
     _one_at_a_time = False
 
     def _set_up(self) -> None:
