@@ -95,7 +95,6 @@ class BaseServer:
     """Seconds that a handler's ``finish()``, and closing a request, may each take."""
 
     _default_max_tasks: int | None = None
-    _batch = BATCH
     _one_at_a_time = True
     _batch = BATCH
 
