@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import logging
 import mmap
+import os
 import pickle
 import socket
 import sys
@@ -247,10 +248,11 @@ class _Worker:
             self._sock, self._theirs = map(stack.enter_context, socket.socketpair())
             self._sock.setblocking(False)
             remember(connections, self)
-            figures = stack.enter_context(open(nameless_file(), "w+b"))
-            figures.truncate(SharedCounters.SIZE)
-            self.counters = SharedCounters(mmap.mmap(figures.fileno(), 0))
-            passed = (self._server.fileno(), self._theirs.fileno(), figures.fileno())
+            figures = nameless_file()
+            stack.callback(os.close, figures)
+            os.ftruncate(figures, SharedCounters.SIZE)
+            self.counters = SharedCounters(mmap.mmap(figures, 0))
+            passed = (self._server.fileno(), self._theirs.fileno(), figures)
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(self._hear)
                 try:
