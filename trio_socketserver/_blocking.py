@@ -132,7 +132,7 @@ def _is_awaitable(result: object) -> bool:
     """As `inspect.isawaitable`, which asks an abstract class.
 
     That does not know the class of the handler yet in a forked child, where its way to find
-    out is a twentieth of a request.
+    out is a thirtieth of a request.
     """
     if isinstance(result, types.GeneratorType):
         return inspect.isawaitable(result)

@@ -251,7 +251,7 @@ def give(request: Any, call: CallTrio) -> Any:
     """Give a request to a blocking handler for good, in the form it knows.
 
     For a handler in a process of its own, which nobody has to wake: making a connection one
-    that can be woken would be an eighth of the work of that process.
+    that can be woken would be a twentieth of a request.
     """
     if isinstance(request, StreamSocket):
         [sock] = request.held()

@@ -7,7 +7,7 @@ needs trio, it runs one of its own in another thread, where nothing remembers th
 
 The child shares its memory with the parent until one of them writes to it, and using an
 object means to write to it, its reference count. Then a page has to be copied, which takes
-some 3 µs. So in what follows a call that touches little is better than a fast one: the
+some 2 µs. So in what follows a call that touches little is better than a fast one: the
 functions of `signal` that are written in Python, a file object or a context manager are
 measurable parts of a request here.
 
@@ -19,7 +19,7 @@ open that somebody waits for. That it has ended, its parent learns from the syst
 from __future__ import annotations
 
 # `signal` wraps these functions to make enums of numbers. Of the 64 handlers that a child
-# looks at, that would be a twentieth of a request.
+# looks at, that would be a fiftieth of a request.
 import _signal  # type: ignore[import-not-found]
 import contextlib
 import contextvars

@@ -7,7 +7,7 @@ thread, an asynchronous one in a trio of the child's own.
 
 What a child says to its server, by ``shutdown()`` or ``server_close()``, goes to the
 parent, over a socket. A task reads it from the first child on until closing has begun and
-the last child has ended; one for each busy time was a sixth of what a lone request costs.
+the last child has ended; one for each busy time was a twentieth of a lone request.
 """
 
 from __future__ import annotations
