@@ -156,6 +156,20 @@ async def test_a_program_that_ignores_sigchld() -> None:
 
 
 @bounded
+async def test_a_report_longer_than_one_write() -> None:
+    """It is written, and read, to its end."""
+
+    def fail_at_length() -> None:
+        write = os.write
+        os.write = lambda descriptor, data: write(descriptor, data[:1000])
+        raise LookupError("o" * 100_000)
+
+    with pytest.raises(LookupError) as caught:
+        await end_of(fail_at_length)
+    assert len(caught.value.args[0]) == 100_000
+
+
+@bounded
 async def test_streams_of_the_users_may_be_unusable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,7 +188,7 @@ async def test_a_report_that_cannot_be_written(
     with tempfile.NamedTemporaryFile() as file:
 
         def read_only() -> Any:
-            return open(file.name, "rb")
+            return os.open(file.name, os.O_RDONLY)
 
         monkeypatch.setattr("trio_socketserver._children.nameless_file", read_only)
         with pytest.raises(ChildFailed, match="status 1"):

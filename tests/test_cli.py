@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import (
+    REAL_LIMIT,
     close_with_reset,
     connect,
     line_of,
@@ -857,3 +858,115 @@ def test_descriptors_that_cannot_be_served(capsys, monkeypatch, tmp_path):
         monkeypatch.setenv("LISTEN_FDS", "2")
         monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
         assert "only one can be served" in complaint(capsys)
+
+
+# -- worker processes ----------------------------------------------------------------------
+
+IN_WORKERS = """
+import os, socketserver
+from trio_socketserver import StreamRequestHandler
+
+class Async(StreamRequestHandler):
+    async def handle(self):
+        await self.request.send_all(b"%d\\n" % os.getpid())
+        await self.rfile.read()
+
+class Blocking(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.request.sendall(b"%d\\n" % os.getpid())
+        self.rfile.read()
+
+class Datagram(socketserver.DatagramRequestHandler):
+    def handle(self):
+        self.wfile.write(b"%d\\n" % os.getpid())
+
+nameless = lambda request, client_address, server: None
+"""
+
+
+@contextlib.contextmanager
+def in_workers(folder: Path, *options: str) -> Iterator[tuple[Any, Any]]:
+    """Run the command with workers; yield its process and the address."""
+    (folder / "handlers.py").write_text(IN_WORKERS)
+    with running(*COMMAND, *options, folder=folder) as process:
+        address = line_of(process).split()[-1]
+        line_of(process)
+        if address.startswith("unix:"):
+            yield process, address.removeprefix("unix:")
+        else:
+            yield process, printed_address(address)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, "")
+        assert re.fullmatch(r"accepted (\d+), completed \1\n", out)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "handler"),
+    [
+        ("sequential", "Blocking"),
+        ("nursery", "Async"),
+        ("threading", "Blocking"),
+        ("forking", "Async"),
+    ],
+)
+def test_workers_with_each_dispatch(tmp_path, dispatch, handler):
+    where = f"--bind=unix:{tmp_path}/s" if dispatch == "nursery" else LOCAL
+    options = (where, "--workers=1", f"--dispatch={dispatch}", f"handlers:{handler}")
+    with (
+        in_workers(tmp_path, *options) as (process, address),
+        connect(address) as client,
+    ):
+        assert client.recv(100) != b"%d\n" % process.pid
+        client.shutdown(socket.SHUT_WR)
+        assert receive_until_closed(client) == b""
+
+
+def test_workers_for_datagrams(tmp_path):
+    options = LOCAL, "--udp", "--workers=1", "handlers:Datagram"
+    with (
+        in_workers(tmp_path, *options) as (process, address),
+        socket.socket(type=socket.SOCK_DGRAM) as client,
+    ):
+        client.settimeout(REAL_LIMIT)
+        client.sendto(b"hello", address)
+        assert client.recv(100) != b"%d\n" % process.pid
+
+
+def test_the_limit_is_of_each_worker(tmp_path):
+    options = LOCAL, "--workers=2", "--max-requests-at-once=1", "handlers:Async"
+    with in_workers(tmp_path, *options) as (_, address), contextlib.ExitStack() as stack:
+
+        def begun() -> tuple[socket.socket, bytes]:
+            client = stack.enter_context(connect(address))
+            return client, client.recv(100)
+
+        (_, one), (second, other) = begun(), begun()
+        assert one != other
+        # The next is served where there is room again, and by nobody before.
+        second.shutdown(socket.SHUT_WR)
+        assert receive_until_closed(second) == b""
+        assert begun()[1] == other
+
+
+def test_a_handler_that_cannot_be_taken_to_workers(capsys, tmp_path, monkeypatch):
+    (tmp_path / "handlers.py").write_text(IN_WORKERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        line = complaint(capsys, LOCAL, "--workers=2", "handlers:nameless")
+    finally:
+        sys.modules.pop("handlers", None)
+    assert "cannot be taken to worker processes" in line
+    assert "<lambda>" in line
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+def test_bad_numbers_of_workers(capsys, number):
+    expected = f"argument --workers: invalid count value: '{number}'"
+    assert expected in complaint(capsys, f"--workers={number}")
+
+
+def test_without_worker_processes(capsys, monkeypatch):
+    monkeypatch.delattr(_cli.trio_socketserver, "PreforkingMixIn")
+    expected = "this system has no worker processes"
+    assert complaint(capsys, LOCAL, "--workers=2") == expected

@@ -845,9 +845,7 @@ def test_the_table_of_porting_names_what_there_is() -> None:
     """Each hook of the standard library has a row, and each name of ours exists."""
     (rows,) = rst_tables("porting.rst", "What you had, what you write").values()
     had = " ".join(cell for cell, _ in rows)
-    for hook in {*COROUTINE_HOOKS, "daemon_threads", "block_on_close", "timeout"} - {
-        "collect_children"  # It comes with ForkingMixIn.
-    }:
+    for hook in {*COROUTINE_HOOKS, "daemon_threads", "block_on_close", "timeout"}:
         assert re.search(rf"\b{hook}\b", had), hook
     assert all(cell for row in rows for cell in row)
     (pitfalls,) = rst_tables("porting.rst", "What became of the pitfalls").values()
@@ -1083,13 +1081,13 @@ def test_dispatchers_are_those_there_are() -> None:
 @pytest.mark.parametrize(
     "phrase",
     [
-        f"before that is {RESTART_DELAY:g} s",
-        f"and doubles up to {LONGEST_RESTART_DELAY:g} s",
+        f"after a pause of {RESTART_DELAY:g} s",
+        f"which doubles up to {LONGEST_RESTART_DELAY:g} s",
         f"end within {STEADY_AFTER:g} s of their start",
         f"After {START_ATTEMPTS} of those in a row",
         f"after twice ``cleanup_timeout`` and {EXIT_TIMEOUT:g} s is",
         f"under the name ``{MAIN_AGAIN}``",
-        {1: "It takes one request each time it wakes up"}[WORKER_BATCH],
+        {1: "A worker takes one request each time it wakes up"}[WORKER_BATCH],
         f"stay for {WORDS[trio._core._thread_cache.IDLE_TIMEOUT]} seconds after",
     ],
 )
@@ -1199,8 +1197,7 @@ def test_colours_of_hooks() -> None:
     text = (ROOT / "docs" / "differences.rst").read_text()
     section = text.partition("\nHooks that may wait are coroutine methods\n")[2]
     coroutines, plain_hooks, *_ = re.findall(r"``([\w\s]+)``", section)
-    # collect_children comes with ForkingMixIn.
-    assert set(coroutines.split()) == set(COROUTINE_HOOKS) - {"collect_children"}
+    assert set(coroutines.split()) == set(COROUTINE_HOOKS)
     assert set(plain_hooks.split()) == set(PLAIN_HOOKS)
 
 

@@ -42,7 +42,7 @@ from trio_socketserver._combinations import (
     ForkingUnixDatagramServer,
     ForkingUnixStreamServer,
 )
-from trio_socketserver._forking import SHUTDOWN, _Messages
+from trio_socketserver._forking import BATCH, SHUTDOWN, _Messages
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -283,6 +283,31 @@ async def test_at_max_children_the_kernel_queues_and_the_program_runs() -> None:
                 client.sendall(b"x")
                 assert (await receive_to_end(client)).endswith(b" X")
         assert server.statistics().accepted == 3
+
+
+@bounded
+async def test_the_loop_goes_round_between_a_few_forks() -> None:
+    rounds = 0
+    forked_in: list[int] = []
+
+    class Server(Keeps):
+        async def finish_request(self, request: Any, client_address: Any) -> None:
+            forked_in.append(rounds)
+            await super().finish_request(request, client_address)
+
+    server = Server(old_function)
+    clients = [pose(server, b"x") for _ in range(5 * BATCH)]
+    async with server, trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_forever)
+        while server.statistics().accepted < len(clients):
+            await trio.lowlevel.checkpoint()
+            rounds += 1
+        for client in clients:
+            with client:
+                assert (await receive_to_end(client)).endswith(b" X")
+        await server.shutdown()
+    # Trio shuffles the tasks of a round, so two rounds may follow each other unseen.
+    assert max(forked_in.count(number) for number in forked_in) <= 2 * BATCH
 
 
 @bounded
@@ -655,6 +680,69 @@ async def test_a_helper_of_the_servers_may_shut_it_down() -> None:
             with pose(server, b""):
                 await server.serve_forever()
         assert not server.errors
+
+
+@bounded
+async def test_a_child_after_an_idle_time_may_end_the_server() -> None:
+    """The one before has left nobody behind who would not listen any more."""
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        if request.recv(100) == b"end":
+            server.shutdown()
+
+    server = Hears(handler)
+    async with server, trio.open_nursery() as nursery:
+        serving = await nursery.start(_serve_and_tell, server)
+        for _ in range(2):
+            await ask(server, b"go on")
+            await server.collect_children(blocking=True)
+        await ask(server, b"end")
+        await serving.wait()
+    assert server.notes[0] == f"shutdown in {os.getpid()}"
+    assert server.statistics().completed == 3
+
+
+@bounded
+async def test_children_are_heard_each_time_the_server_is_entered() -> None:
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        if request.recv(100) == b"end":
+            server.server_close()
+
+    server = Hears(handler)
+    for words in (b"go on", b"go on", b"end"):
+        assert server.fileno() != -1
+        with pose(server, words) as client:
+            await server.handle_request()
+            assert await receive_to_end(client) == b""
+    assert server.fileno() == -1
+    assert not server.errors
+
+
+@bounded
+async def test_a_child_that_begins_when_closing_has_begun_is_heard() -> None:
+    begun, go_on = trio.Event(), trio.Event()
+
+    class Server(Hears):
+        async def finish_request(self, request: Any, client_address: Any) -> None:
+            begun.set()
+            await go_on.wait()
+            await super().finish_request(request, client_address)
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        server.shutdown()
+
+    server = Server(handler)
+    async with serving(server), trio.open_nursery() as nursery:
+        client = connect(server.server_address)
+        await begun.wait()
+        nursery.start_soon(server.server_close)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        server.notes.clear()
+        go_on.set()
+        await receive_to_end(client)
+        client.close()
+    assert f"shutdown in {os.getpid()}" in server.notes
+    assert not server.errors
 
 
 @bounded

@@ -19,7 +19,7 @@ import trio
 from helpers import bounded, running
 
 from trio_socketserver import ChildFailed, ForkingTCPServer, _children, _forking, _inherited
-from trio_socketserver._inherited import close_inherited
+from trio_socketserver._inherited import close_inherited, remember
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -84,12 +84,12 @@ async def test_without_memfds_the_report_is_in_a_file(
 async def test_what_cannot_be_reported_is_an_exit_status(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(result: object) -> bytes:
+    def fail(error: object = None) -> bytes:
         raise LookupError("no words")
 
-    monkeypatch.setattr(_children, "_report", fail)
+    monkeypatch.setattr(_children, "_describe", fail)
     with pytest.raises(ChildFailed, match="status 1"):
-        await fork_and_wait()
+        await fork_and_wait(fail)
     assert "no words" in capfd.readouterr().err
 
 
@@ -137,14 +137,20 @@ def test_a_child_closes_what_it_does_not_keep(monkeypatch: pytest.MonkeyPatch) -
     with_socket.socket = other
     keeping = Server()
     keeping.socket = kept
-    monkeypatch.setattr(_inherited, "servers", [with_socket, without, keeping])
+    servers: _inherited.References = set()
+    for server in (with_socket, without, keeping):
+        remember(servers, server)
+    monkeypatch.setattr(_inherited, "servers", servers)
 
     class Connection:
         def held(self) -> list[socket.socket]:
             return [third]
 
     third, fourth = socket.socketpair()
-    monkeypatch.setattr(_inherited, "connections", [Connection()])
+    connection = Connection()
+    connections: _inherited.References = set()
+    remember(connections, connection)
+    monkeypatch.setattr(_inherited, "connections", connections)
     with kept, fourth:
         close_inherited([kept])
         assert third.fileno() == -1
@@ -218,10 +224,9 @@ def test_a_child_whose_main_thread_waits_for_trio_ends_with_that(
     "error", [LookupError("where"), LookupError(lambda: None)], ids=repr
 )
 def test_an_error_is_reported_or_described(error: Exception) -> None:
-    report = _children._report(outcome.Error(error))
+    report = _children._describe(error)
     pickled, description, text = pickle.loads(report)
     assert description.startswith("LookupError: ")
     assert "LookupError" in text
     if pickled:
         assert pickle.loads(pickled).error.args == ("where",)
-    assert pickle.loads(_children._report(outcome.Value(3))) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import socketserver
@@ -13,7 +14,7 @@ from helpers import bounded
 
 from trio_socketserver import TCPServer, UDPServer
 from trio_socketserver._children import fork
-from trio_socketserver._inherited import close_inherited, connections
+from trio_socketserver._inherited import close_inherited, connections, forget
 from trio_socketserver._sockets import StreamSocket
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -52,7 +53,7 @@ def connection() -> Iterator[StreamSocket]:
         yield stream
         if stream.fileno() != -1:
             stream.socket.close()
-        connections.discard(stream)
+        forget(connections, stream)
 
 
 @bounded
@@ -128,10 +129,22 @@ def test_a_connection_is_forgotten_when_it_is_closed() -> None:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     stream = StreamSocket.accepted(ours)
-    assert set(connections) - before == {stream}
+    assert {found() for found in connections - before} == {stream}
     stream.close_now()
-    assert set(connections) == before
+    assert connections == before
     theirs.close()
+
+
+def test_a_connection_that_is_dropped_is_forgotten() -> None:
+    """Nobody has closed it; knowing of it does not keep it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        stream = StreamSocket.accepted(ours)
+        assert len(connections) == 1
+        del stream
+        gc.collect()
+        assert not connections
 
 
 def test_nothing_inherited_is_nothing_to_do() -> None:

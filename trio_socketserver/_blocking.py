@@ -14,6 +14,7 @@ import inspect
 import itertools
 import logging
 import math
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -117,7 +118,7 @@ def run_blocking(
         TypeError: it has returned something to await.
     """
     result = handler(request, client_address, server)
-    if not (inspect.isawaitable(result) or isinstance(result, BaseRequestHandler)):
+    if not (_is_awaitable(result) or isinstance(result, BaseRequestHandler)):
         return
     if inspect.iscoroutine(result):
         result.close()
@@ -125,6 +126,17 @@ def run_blocking(
         f"{handler!r} looks like a blocking handler, but has returned {result!r}, which is "
         "for awaiting: write 'async def handler(request, client_address, server)'"
     )
+
+
+def _is_awaitable(result: object) -> bool:
+    """As `inspect.isawaitable`, which asks an abstract class.
+
+    That does not know the class of the handler yet in a forked child, where its way to find
+    out is a thirtieth of a request.
+    """
+    if isinstance(result, types.GeneratorType):
+        return inspect.isawaitable(result)
+    return hasattr(type(result), "__await__")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from ._children import ChildTraceback, describe_end, nameless_file
 from ._exceptions import ChildFailed
 from ._fresh_interpreter import MainModule, command
 from ._groups import open_ungrouped_nursery
-from ._inherited import connections
+from ._inherited import connections, remember
 from ._log import log
 from ._statistics import Counters, SharedCounters
 from ._worker_link import (
@@ -62,18 +62,14 @@ RECEIVE_SIZE: Final = 262_144
 """Bytes of a worker's messages that are taken at a time; no packet is longer."""
 
 
-class HasFileno(Protocol):
-    """Something with a descriptor."""
-
-    def fileno(self) -> int:
-        """Return it."""
-
-
-class Host(HasFileno, Protocol):
+class Host(Protocol):
     """What the crew needs of its server."""
 
     cleanup_timeout: float
     _counters: Counters
+
+    def fileno(self) -> int:
+        """Return the listening socket's descriptor."""
 
     def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""
@@ -222,16 +218,16 @@ class Crew:
 
 
 @contextlib.contextmanager
-def _passed(file: HasFileno) -> Iterator[int]:
+def _passed(descriptor: int) -> Iterator[int]:
     """Have a duplicate for a worker, with a number that is free there.
 
     Where this process has no stdin, say, the number of anything else may be 0.
     """
-    descriptor = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    duplicate = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
     try:
-        yield descriptor
+        yield duplicate
     finally:
-        os.close(descriptor)
+        os.close(duplicate)
 
 
 class _Worker:
@@ -272,13 +268,14 @@ class _Worker:
         with contextlib.ExitStack() as stack:
             self._sock, self._theirs = map(stack.enter_context, socket_pair())
             self._sock.setblocking(False)
-            connections.add(self)
-            figures = stack.enter_context(nameless_file())
-            figures.truncate(SharedCounters.SIZE)
-            self.counters = SharedCounters(mmap.mmap(figures.fileno(), 0))
+            remember(connections, self)
+            figures = nameless_file()
+            stack.callback(os.close, figures)
+            os.ftruncate(figures, SharedCounters.SIZE)
+            self.counters = SharedCounters(mmap.mmap(figures, 0))
             passed = [
                 stack.enter_context(_passed(descriptor))
-                for descriptor in (self._server, self._theirs, figures)
+                for descriptor in (self._server.fileno(), self._theirs.fileno(), figures)
             ]
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(self._hear)

@@ -2,7 +2,11 @@
 
 A descriptor is open until the last process that has it closes it: a listening socket kept
 by a child would keep the port, and a connection would not end for its peer. So what this
-package has opened is known here. Adding and discarding is a set operation per connection.
+package has opened is known here.
+
+It is known by weak references, in a plain set: a `weakref.WeakSet` is written in Python,
+and after each fork every page that its functions touch has to be copied. (A reference is
+equal to another one of the same object, so a new one finds it.)
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol
+from collections.abc import Iterable
+from typing import Any, Final, Protocol, TypeAlias
+
+References: TypeAlias = set[weakref.ref[Any]]
 
 
 class Holder(Protocol):
@@ -21,27 +27,34 @@ class Holder(Protocol):
         """Return the sockets."""
 
 
-connections: Final[weakref.WeakSet[Holder]] = weakref.WeakSet()
-"""The connections that servers have accepted, until they are closed."""
+connections: Final[References] = set()
+"""The connections, each a `Holder`, that servers have accepted, until they are closed."""
 
-servers: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
+servers: Final[References] = set()
 """The servers; each may have a ``socket``."""
 
 
-def _inherited() -> Iterator[socket.socket]:
-    for connection in connections:
-        yield from connection.held()
-    for server in servers:
-        sock = getattr(server, "socket", None)
-        if isinstance(sock, socket.socket):
-            yield sock
+def remember(references: References, thing: object) -> None:
+    """Add a reference to *thing*, which goes when it is forgotten or does not live."""
+    references.add(weakref.ref(thing, references.discard))
+
+
+def forget(references: References, thing: object) -> None:
+    """Discard the reference to *thing*, if there is one."""
+    references.discard(weakref.ref(thing))
 
 
 def close_inherited(kept: Iterable[socket.socket]) -> None:
     """Close, in a child, what it has inherited of the parent's, except for *kept*."""
+    # Copies, because a reference goes when what it refers to does.
+    inherited: list[Any] = [getattr(server(), "socket", None) for server in [*servers]]
+    for connection in [*connections]:
+        holder: Holder | None = connection()
+        if holder is not None:
+            inherited += holder.held()
     keeping = {sock.fileno() for sock in kept}
-    for sock in list(_inherited()):
-        if sock.fileno() not in keeping:
+    for sock in inherited:
+        if isinstance(sock, socket.socket) and sock.fileno() not in keeping:
             # Below all overrides, which would tell the parent's trio, or take its locks.
             descriptor = super(socket.socket, sock).detach()
             if descriptor != -1:

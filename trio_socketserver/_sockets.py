@@ -30,7 +30,7 @@ from trio.lowlevel import (
 
 from ._draining import Drain, Drained
 from ._exceptions import ConnectionBroken, RequestTimeout, connection_broken
-from ._inherited import connections
+from ._inherited import connections, forget, remember
 from ._waking import Waker
 
 __all__ = ["DatagramSocket", "StreamSocket"]
@@ -212,7 +212,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         _forbid_waiting(sock)
         self = cls.__new__(cls)
         self._own(sock)
-        connections.add(self)
+        remember(connections, self)
         return self
 
     def _own(self, sock: socketlib.socket) -> None:
@@ -558,7 +558,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             waker.follows = False
             waker.wake()
             socketlib.close(self._sock.detach())
-        connections.discard(self)
+        forget(connections, self)
 
     def held(self) -> list[socketlib.socket]:
         """Return the sockets that stand on the connection's descriptor."""

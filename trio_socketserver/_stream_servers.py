@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 
 import trio
 
-from ._inherited import servers
+from ._inherited import remember, servers
 from ._log import log
 from ._server import BaseServer, Handler
 from ._sockets import (
@@ -99,7 +99,7 @@ class TCPServer(BaseServer):
     ) -> None:
         super().__init__(server_address, RequestHandlerClass)
         self.socket = ListeningSocket(self.address_family, self.socket_type)
-        servers.add(self)
+        remember(servers, self)
         self.socket.setblocking(False)
         if bind_and_activate:
             try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Server: TypeAlias = Literal["tcp", "udp", "blocking"]
-"""What a peer's server serves: connections, datagrams, connections by blocking handlers."""
+Server: TypeAlias = Literal["tcp", "udp", "blocking", "forking"]
+"""What a peer's server serves: connections, datagrams, connections by blocking handlers,
+and those in a process each."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ WORKLOADS = {
             clients=20,
             size=64,
             server="blocking",
+        ),
+        Workload(
+            "forking",
+            "Short connections with a process each (8 clients, 64 bytes)",
+            mode="short",
+            clients=8,
+            size=64,
+            server="forking",
         ),
     ]
 }

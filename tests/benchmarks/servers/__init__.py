@@ -40,6 +40,7 @@ class Peer:
         tcp: The function that serves TCP, as ``module:function`` of this package.
         udp: The function that serves UDP.
         blocking: The function that serves TCP with `with_socketserver.Echo`.
+        forking: The same, with a process per connection, in a process of our size.
         requires: The packages to be installed for it.
         only: The workloads it takes part in, if not all that its servers could.
     """
@@ -50,6 +51,7 @@ class Peer:
     requires: tuple[str, ...] = ()
     only: frozenset[str] | None = None
     blocking: str | None = None
+    forking: str | None = None
 
     def absent(self) -> list[str]:
         """The required packages that are not installed."""
@@ -62,6 +64,7 @@ OURS = Peer(
     "with_trio_socketserver:udp",
     ("trio_socketserver",),
     blocking="with_trio_socketserver:tcp_threading",
+    forking="with_trio_socketserver:tcp_forking",
 )
 
 PEERS = {
@@ -82,7 +85,8 @@ PEERS = {
         Peer(
             "socketserver forking",
             "with_socketserver:tcp_forking",
-            only=frozenset({"short"}),
+            forking="with_socketserver:tcp_forking_of_our_size",
+            only=frozenset({"short", "forking"}),
         ),
         Peer("bare epoll", "with_epoll:tcp", "with_epoll:udp"),
     ]

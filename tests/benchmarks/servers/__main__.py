@@ -23,7 +23,7 @@ def main() -> None:
     """Serve as the named peer."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.servers")
     parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("server", choices=["tcp", "udp", "blocking"])
+    parser.add_argument("server", choices=["tcp", "udp", "blocking", "forking"])
     options = parser.parse_args()
     peer = PEERS[options.peer]
     entry = getattr(peer, options.server)

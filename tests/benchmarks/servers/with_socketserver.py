@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socketserver
+from importlib import import_module
 
 from tests.benchmarks.servers import BACKLOG, CHUNK, HOST, Announce
 
@@ -55,6 +56,12 @@ def tcp_threading(announce: Announce) -> None:
 def tcp_forking(announce: Announce) -> None:
     """Serve with ``ForkingTCPServer``."""
     serve(ForkingServer((HOST, 0), Echo), announce)
+
+
+def tcp_forking_of_our_size(announce: Announce) -> None:
+    """The same in a process that has imported as much as ours: forking copies it."""
+    import_module("trio_socketserver")
+    tcp_forking(announce)
 
 
 def udp_threading(announce: Announce) -> None:

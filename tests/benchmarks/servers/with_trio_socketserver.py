@@ -8,6 +8,7 @@ from tests.benchmarks.servers import HOST, Announce
 from tests.benchmarks.servers.with_socketserver import Echo
 from trio_socketserver import (
     DatagramRequestHandler,
+    ForkingTCPServer,
     NurseryTCPServer,
     NurseryUDPServer,
     StreamRequestHandler,
@@ -46,6 +47,17 @@ def tcp_threading(announce: Announce) -> None:
 
     async def main() -> None:
         async with ThreadingTCPServer((HOST, 0), Echo) as server:
+            announce(server.server_address[1])
+            await server.serve_forever()
+
+    trio.run(main)
+
+
+def tcp_forking(announce: Announce) -> None:
+    """Serve with ``ForkingTCPServer``, and socketserver's own handler."""
+
+    async def main() -> None:
+        async with ForkingTCPServer((HOST, 0), Echo) as server:
             announce(server.server_address[1])
             await server.serve_forever()
 
