@@ -47,6 +47,7 @@ from trio_socketserver._crew import (
 )
 from trio_socketserver._draining import FIRST_LINE_GRACE
 from trio_socketserver._files import LINES_IN_A_ROW, MAX_LINE_SIZE, WRITE_BUFFER_SIZE
+from trio_socketserver._forking import BATCH as FORKING_BATCH
 from trio_socketserver._fresh_interpreter import MAIN_AGAIN
 from trio_socketserver._hooks import COROUTINE_HOOKS, PLAIN_HOOKS
 from trio_socketserver._lifecycle import TRANSITIONS, LoopEvent, LoopState
@@ -1259,6 +1260,8 @@ def type_served(handler: str) -> type:
     ("document", "phrase"),
     [
         ("structured.rst", f"takes at most {BATCH} requests per wake-up"),
+        ("structured.rst", f"with `ForkingMixIn` at most {FORKING_BATCH},"),
+        ("differences.rst", f"at most (with ``ForkingMixIn`` {FORKING_BATCH})"),
         ("differences.rst", f"arrived together, {BATCH} requests at most"),
         ("structured.rst", f"for {BACK_OFF_FIRST * 1000:g} ms at first"),
         ("structured.rst", f"up to {BACK_OFF_LIMIT:g} s"),

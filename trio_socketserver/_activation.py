@@ -16,7 +16,7 @@ FIRST_DESCRIPTOR: Final = 3
 VARIABLES: Final = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
-def take_listen_fds(environ: MutableMapping[str, str] | None = None) -> list[int]:
+def take_listen_fds(environ: MutableMapping[str, str] | None = None) -> range:
     """Return the descriptors that are meant for this process.
 
     The variables are removed, so that no program started by this one takes them too.
@@ -27,5 +27,5 @@ def take_listen_fds(environ: MutableMapping[str, str] | None = None) -> list[int
     environ = os.environ if environ is None else environ
     found = {name: environ.pop(name, "") for name in VARIABLES}
     if found["LISTEN_PID"] != str(os.getpid()) or not found["LISTEN_FDS"].isdecimal():
-        return []
-    return list(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(found["LISTEN_FDS"])))
+        return range(0)
+    return range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(found["LISTEN_FDS"]))

@@ -259,7 +259,7 @@ class Child:
         """
         pidfd = None
         try:
-            pidfd = _open_pidfd(self.pid)
+            pidfd = open_pidfd(self.pid)
             if pidfd is None:
                 await self._wait_by_thread(cleanup_timeout)
             else:
@@ -365,7 +365,7 @@ def describe_end(status: int) -> str:
     return f"has been ended by signal {-status}"
 
 
-def _open_pidfd(pid: int) -> int | None:
+def open_pidfd(pid: int) -> int | None:
     """Return a descriptor that becomes readable when a process ends, if the system can."""
     try:
         return os.pidfd_open(pid)

@@ -228,11 +228,10 @@ def inherited_socket(options: argparse.Namespace) -> socket.socket | None:
     Raises:
         UsageError: it cannot be served.
     """
-    descriptor = options.fd
+    descriptor, descriptors = options.fd, take_listen_fds()
     if descriptor is None and options.bind is None:
-        descriptors = take_listen_fds()
-        if len(descriptors) > 1:
-            raise UsageError(f"LISTEN_FDS is {len(descriptors)}: only one can be served")
+        if descriptors[1:]:
+            raise UsageError("there are several LISTEN_FDS: only one can be served")
         descriptor = descriptors[0] if descriptors else None
     if descriptor is None:
         return None
@@ -241,17 +240,31 @@ def inherited_socket(options: argparse.Namespace) -> socket.socket | None:
     except OSError as error:
         reason = error.strerror
         raise UsageError(f"cannot serve descriptor {descriptor}: {reason}") from error
-    kind = sock.type
-    served = {socket.SOCK_DGRAM} if options.udp else {socket.SOCK_DGRAM, socket.SOCK_STREAM}
-    listens = kind == socket.SOCK_DGRAM or sock.getsockopt(
-        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-    )
-    if kind not in served or not listens:
+    try:
+        check_served(sock, datagrams=options.udp)
+    except UsageError as error:
         sock.detach()  # It is not ours.
-        reason = "it does not listen" if kind in served else "it is of another type"
-        raise UsageError(f"cannot serve descriptor {descriptor}: {reason}")
+        raise UsageError(f"cannot serve descriptor {descriptor}: {error}") from None
     sock.set_inheritable(False)
     return sock
+
+
+def check_served(sock: socket.socket, *, datagrams: bool) -> None:
+    """Find out whether a socket is one that a server can have.
+
+    Raises:
+        UsageError: it is not.
+    """
+    families = {socket.AF_INET, socket.AF_INET6, getattr(socket, "AF_UNIX", None)}
+    if sock.family not in families:
+        raise UsageError("it is of another family")
+    if sock.type == socket.SOCK_DGRAM:
+        if sock.family != getattr(socket, "AF_UNIX", None) and not sock.getsockname()[1]:
+            raise UsageError("it is not bound")
+    elif sock.type != socket.SOCK_STREAM or datagrams:
+        raise UsageError("it is of another type")
+    elif not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise UsageError("it does not listen")
 
 
 class _Made(type):

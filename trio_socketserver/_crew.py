@@ -12,33 +12,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import logging
 import mmap
 import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import trio
 
 from ._children import ChildTraceback, describe_end, nameless_file
 from ._exceptions import ChildFailed
-from ._fresh_interpreter import MainModule, command
+from ._fresh_interpreter import MainModule, command, is_of_main
 from ._groups import open_ungrouped_nursery
 from ._inherited import connections, remember
 from ._log import log
 from ._statistics import Counters, SharedCounters
-from ._worker_link import (
-    Frames,
-    News,
-    Order,
-    log_for_worker,
-    log_levels,
-    socket_pair,
-)
+from ._worker_link import FRAME_LIMIT, Frames, News, Order, socket_pair
+from ._worker_log import levels, log_for_worker
 
 WORKER_MODULE: Final = "trio_socketserver._worker_process"
 
@@ -58,18 +51,22 @@ LONGEST_RESTART_DELAY: Final = 10.0
 STEADY_AFTER: Final = 10.0
 """Seconds that a worker must have lived for its end not to count as "again"."""
 
-RECEIVE_SIZE: Final = 262_144
-"""Bytes of a worker's messages that are taken at a time; no packet is longer."""
+RECEIVE_SIZE: Final = 2 * FRAME_LIMIT
+"""Bytes that are taken at a time; what does not fit of a packet would be lost."""
 
 
-class Host(Protocol):
+class HasFileno(Protocol):
+    """Something with a descriptor."""
+
+    def fileno(self) -> int:
+        """Return it."""
+
+
+class Host(HasFileno, Protocol):
     """What the crew needs of its server."""
 
     cleanup_timeout: float
     _counters: Counters
-
-    def fileno(self) -> int:
-        """Return the listening socket's descriptor."""
 
     def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""
@@ -103,17 +100,16 @@ class Crew:
     """
 
     def __init__(self, server: Host, pickled: bytes, poll_interval: float | None) -> None:
-        main = MainModule.of_this_process() if b"__main__" in pickled else None
+        main = MainModule.of_this_process() if is_of_main(pickled) else None
         self._server = server
         self._preparation = pickle.dumps(
-            Preparation(sys.argv, main, log_levels(), poll_interval, pickled)
+            Preparation(sys.argv, main, levels(), poll_interval, pickled)
         )
         self._workers: set[_Worker] = set()
         self._ready: list[trio.Event] = []
         self._stopping = trio.Event()
         self._closing = False
         self._failed = trio.Event()
-        self._failures = 0
         self._failure: ChildFailed | None = None
 
     def begin(self, places: int, start_soon: Callable[..., object]) -> None:
@@ -154,6 +150,12 @@ class Crew:
         for worker in list(self._workers):
             await worker.stopped.wait()
 
+    def retire(self) -> None:
+        """Have the workers end, each when its requests have. No checkpoint."""
+        self._stopping.set()
+        for worker in self._workers:
+            worker.say(Order.RETIRE)
+
     def close(self) -> None:
         """Have the workers drain, and end. No checkpoint."""
         self._stopping.set()
@@ -170,10 +172,13 @@ class Crew:
             counters.add(worker.counters)
 
     async def _keep_one(self, ready: trio.Event) -> None:
-        delay = RESTART_DELAY
+        delay, failures = RESTART_DELAY, 0
         while not self._stopping.is_set():
             begun = trio.current_time()
             worker = await self._have_one(ready)
+            failures = 0 if worker.is_ready else failures + 1
+            if failures == START_ATTEMPTS:
+                self._fail(worker)
             if self._stopping.is_set() or self.has_failed:
                 if worker.status:
                     log(logging.WARNING, "%s", worker.describe_end())
@@ -188,7 +193,7 @@ class Crew:
 
     async def _have_one(self, ready: trio.Event) -> _Worker:
         """Have one worker, until it ends."""
-        worker = _Worker(self._server, functools.partial(self._note_ready, ready))
+        worker = _Worker(self._server, ready.set)
         self._workers.add(worker)
         try:
             await worker.run(self._preparation)
@@ -198,36 +203,23 @@ class Crew:
             self._workers.discard(worker)
             worker.stopped.set()
             self._server._counters.add(worker.take_counters())
-        if not worker.is_ready:
-            self._note_failure(worker)
         return worker
 
-    def _note_ready(self, ready: trio.Event) -> None:
-        self._failures = 0
-        ready.set()
-
-    def _note_failure(self, worker: _Worker) -> None:
-        self._failures += 1
-        if self._failures == START_ATTEMPTS:
-            self._failure = ChildFailed(
-                f"{self._failures} worker processes in a row have ended before they could "
-                f"serve; the last of them: {worker.describe_end()}"
-            )
-            self._failure.__cause__ = worker.error
-            self._failed.set()
+    def _fail(self, worker: _Worker) -> None:
+        self._failure = ChildFailed(
+            f"{START_ATTEMPTS} worker processes in a row have ended before they could "
+            f"serve; the last of them: {worker.describe_end(why=False)}"
+        )
+        self._failure.__cause__ = worker.error
+        self._failed.set()
 
 
-@contextlib.contextmanager
-def _passed(descriptor: int) -> Iterator[int]:
-    """Have a duplicate for a worker, with a number that is free there.
+def _duplicate(sock: HasFileno) -> socket.socket:
+    """Return a duplicate to pass on, whose number is free in the other process.
 
-    Where this process has no stdin, say, the number of anything else may be 0.
+    Where this one has no stdin, say, the number of anything else may be 0.
     """
-    duplicate = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
-    try:
-        yield duplicate
-    finally:
-        os.close(duplicate)
+    return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 class _Worker:
@@ -250,14 +242,17 @@ class _Worker:
         self.error: Exception | None = None
         self._server = server
         self._note_ready = note_ready
-        self._starting = trio.CancelScope()
+        self._alive = trio.CancelScope()
         self._hearing = trio.CancelScope(shield=True)  # As long as the process lives.
         self._frames = Frames()
-        self._pid = 0
+        self._passing = contextlib.ExitStack()
+        self._passed: list[socket.socket] = []
+        self._process: trio.Process | None = None
+        self._is_ending = False
 
     def held(self) -> list[socket.socket]:
         """Return the sockets, which a forked child is not to keep."""
-        return [self._sock, self._theirs]
+        return [self._sock, *self._passed]
 
     async def run(self, preparation: bytes) -> None:
         """Start the process, and wait for its end.
@@ -265,54 +260,65 @@ class _Worker:
         Raises:
             OSError: it cannot be started.
         """
-        with contextlib.ExitStack() as stack:
-            self._sock, self._theirs = map(stack.enter_context, socket_pair())
+        with contextlib.ExitStack() as stack, self._passing:
+            self._sock, theirs = map(stack.enter_context, socket_pair())
             self._sock.setblocking(False)
             remember(connections, self)
+            self._pass(self._server)
+            self._pass(theirs)
+            theirs.close()
             figures = nameless_file()
-            stack.callback(os.close, figures)
+            self._passing.callback(os.close, figures)
             os.ftruncate(figures, SharedCounters.SIZE)
             self.counters = SharedCounters(mmap.mmap(figures, 0))
-            passed = [
-                stack.enter_context(_passed(descriptor))
-                for descriptor in (self._server.fileno(), self._theirs.fileno(), figures)
-            ]
+            descriptors = [*(sock.fileno() for sock in self._passed), figures]
+            arguments = map(str, [os.getpid(), *descriptors])
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(self._hear)
                 try:
-                    with self._starting:
-                        ended = await trio.run_process(
-                            command(WORKER_MODULE, *map(str, passed)),
+                    with self._alive:
+                        await trio.run_process(
+                            command(WORKER_MODULE, *arguments),
                             stdin=preparation,
-                            pass_fds=passed,
+                            pass_fds=descriptors,
                             check=False,
                             deliver_cancel=self._end,
                             task_status=self,
                         )
-                        self._hear_rest()
-                        self.status = ended.returncode
+                    self._note_end()
                 finally:
                     self._hearing.cancel()
 
+    def _pass(self, sock: HasFileno) -> None:
+        self._passed.append(self._passing.enter_context(_duplicate(sock)))
+
     def started(self, process: trio.Process | None = None) -> None:
         """Take note that the process has been started; called by `trio.run_process`."""
-        assert process is not None
-        self._pid = process.pid
-        self._theirs.close()
+        self._process = process
+        self._passing.close()
 
     async def _end(self, process: trio.Process) -> None:
         """End the process, which is being cancelled; this is, when it has ended."""
-        self.say(Order.CANCEL)
-        process.terminate()  # If it does not listen yet.
-        await trio.sleep(patience_of(self._server))
+        if not self._is_ending:
+            self.say(Order.CANCEL)
+            process.terminate()  # If it does not listen yet.
+            await trio.sleep(patience_of(self._server))
         process.kill()
 
-    def describe_end(self) -> str:
+    def _note_end(self) -> None:
+        self._hear_rest()
+        assert self._process is not None
+        if self._is_ending or not self._alive.cancelled_caught:
+            self.status = self._process.returncode
+
+    def describe_end(self, *, why: bool = True) -> str:
         """Say how it has ended, and why."""
         if self.status is None:
-            return f"a worker process could not be started: {self.error}"
-        text = f"worker process {self._pid} {describe_end(self.status)}"
-        return text if self.error is None else f"{text}: {self.error}"
+            text = "a worker process could not be started"
+            return f"{text}: {self.error}" if why else text
+        assert self._process is not None
+        text = f"worker process {self._process.pid} {describe_end(self.status)}"
+        return f"{text}: {self.error}" if why and self.error is not None else text
 
     def take_counters(self) -> Counters:
         """Return what it has counted; what it was at has failed with it."""
@@ -330,7 +336,7 @@ class _Worker:
         if self.is_ready:
             self.say(Order.STOP)
         else:
-            self._starting.cancel()
+            self._alive.cancel()
 
     def say(self, order: Order) -> None:
         """Tell it something. No checkpoint."""
@@ -356,9 +362,15 @@ class _Worker:
         try:
             data = self._sock.recv(RECEIVE_SIZE)
         except ConnectionResetError:
+            return True  # It has not taken an order. What it has said comes after this.
+        try:
+            for news, content in self._frames.feed(data):
+                self._take_news(news, content)
+        except ValueError as error:
+            log(logging.WARNING, "a worker process makes no sense: %s", error)
+            if self._process is not None:
+                self._process.kill()
             return False
-        for news, content in self._frames.feed(data):
-            self._take_news(news, content)
         return bool(data)
 
     def _take_news(self, news: News, content: bytes) -> None:
@@ -369,8 +381,14 @@ class _Worker:
             case News.STOPPED:
                 self.stopped.set()
             case News.FAILED:
-                self.error = ChildTraceback(content.decode())
+                self.error = ChildTraceback(content.decode(errors="replace"))
+            case News.ENDING:
+                self.stopped.set()
+                self._is_ending = True
+                # What may take long now is a thread of the user's that is no daemon.
+                patience = self._server.cleanup_timeout
+                self._alive.deadline = trio.current_time() + patience
             case News.LOG:
                 log_for_worker(content)
-            case News.SHUTDOWN | News.SERVER_CLOSE:
+            case News.SHUTDOWN | News.SERVER_CLOSE:  # pragma: no branch (there is no more)
                 self._server._obey_worker(news)

@@ -49,6 +49,11 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, *options, "-c", _START, module, *arguments, "--", *sys.path]
 
 
+def is_of_main(pickled: bytes) -> bool:
+    """Tell whether pickled data refers to the main module, by either of its names."""
+    return b"__main__" in pickled or MAIN_AGAIN.encode() in pickled
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class MainModule:
     """Where the main module came from: a module's name, or a path."""

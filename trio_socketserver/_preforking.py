@@ -26,7 +26,7 @@ from typing import Any, cast
 import trio
 
 from ._crew import Crew
-from ._fresh_interpreter import MainModule, is_running_main_again
+from ._fresh_interpreter import MainModule, is_of_main, is_running_main_again
 from ._groups import open_ungrouped_nursery
 from ._log import log
 from ._server import BaseServer
@@ -70,7 +70,7 @@ def pickled(server: BaseServer) -> bytes:
             "super().__getstate__() returns, and make in __setstate__(), after "
             "super().__setstate__(state)"
         ) from error
-    if b"__main__" in data and MainModule.of_this_process() is None:
+    if is_of_main(data) and MainModule.of_this_process() is None:
         raise TypeError(
             f"{name} cannot be taken to worker processes: some of it is defined in the "
             "main module, which is no file that could be run again (an interactive "
@@ -93,7 +93,8 @@ def _culprit(server: BaseServer, error: Exception) -> tuple[str, Exception]:
         try:
             pickle.dumps(value)
         except Exception as reason:
-            return f"its attribute {name.removeprefix('_')!r}", reason
+            public = {"_request_handler_class": "RequestHandlerClass"}
+            return f"its attribute {public.get(name, name)!r}", reason
     return "it", error
 
 
@@ -130,6 +131,9 @@ class PreforkingMixIn(BaseServer):
         ChildFailed: by `serve_forever()`: several workers in a row have ended before they
             could serve; the traceback of the last one is the cause.
 
+    A worker is started in one of the threads of `trio.to_thread`, by its default limiter;
+    while others have those in use for good, none can be.
+
     Cancellation: workers are cancelled, as the server would be without them, and killed if
     that takes longer than twice ``cleanup_timeout`` and a second. A worker also ends when
     the program does, even by SIGKILL.
@@ -150,6 +154,8 @@ class PreforkingMixIn(BaseServer):
         super()._set_up()
         self._crews: list[Crew] = []
         self._link: WorkerLink | None = None
+        self._idle: trio.Event | None = None
+        self._retires = False
 
     # -- in a copy -------------------------------------------------------------------
 
@@ -197,20 +203,37 @@ class PreforkingMixIn(BaseServer):
         await trio.lowlevel.checkpoint()
         return True
 
+    async def _wait_idle(self) -> None:
+        """Wait until there is no request."""
+        while self._counters.active:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    def _note_room(self) -> None:
+        super()._note_room()
+        if self._idle is not None and not self._counters.active:
+            self._idle.set()
+
     # -- in the program --------------------------------------------------------------
 
     async def _serve(
         self, poll_interval: float | None, started: Callable[[], None]
     ) -> None:
-        if self._link is not None:
+        if self._link is None:
+            await self._serve_by_crew(poll_interval, started)
+        else:
             self._link.say(News.READY)
             await super()._serve(poll_interval, started)
-            return
+
+    async def _serve_by_crew(
+        self, poll_interval: float | None, started: Callable[[], None]
+    ) -> None:
         assert self._requests is not None
         if self.workers < 1:
             raise ValueError(f"workers must be 1 or more, not {self.workers}")
         crew = Crew(self, pickled(self), poll_interval)
-        self._close_crews()  # Of earlier loops; they may have requests still.
+        for earlier in self._crews:  # It may have requests still.
+            earlier.retire()
         self._crews = [crew, *filter(Crew.has_workers, self._crews)]
         try:
             async with open_ungrouped_nursery() as nursery:
@@ -236,15 +259,13 @@ class PreforkingMixIn(BaseServer):
         try:
             await super()._stop_accepting()
         finally:
-            self._close_crews()
-
-    def _close_crews(self) -> None:
-        for crew in self._crews:
-            crew.close()
+            for crew in self._crews:
+                crew.close()
 
     def _backlog(self) -> int:
-        # It is the workers', who hear of the closing only now.
-        return 0 if self._crews else super()._backlog()
+        # It is for the workers, who hear of the closing only now; but not for those that
+        # have successors.
+        return 0 if self._crews or self._retires else super()._backlog()
 
     def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""

@@ -123,6 +123,7 @@ class BaseServer:
         self._room: trio.Event | None = None
         self._turn = trio.Lock()
         self._queued = 0
+        self._admitting: trio.lowlevel.Task | None = None
         self._keeps_listener = False
 
     # -- the handler -----------------------------------------------------------------
@@ -503,8 +504,10 @@ class BaseServer:
         try:
             async with self._turn:
                 await self._wait_for_room()
+                self._admitting = trio.lowlevel.current_task()
                 await self._admit(life)
         finally:
+            self._admitting = None
             self._queued -= 1
 
     def _handle(self, life: Life) -> Awaitable[None]:
@@ -581,7 +584,9 @@ class BaseServer:
         self._requests.start_soon(attend, self, self._handle, life, name="request")
         arriving = self._arriving
         if arriving is not None and (
-            arriving.request is request or self._loop.is_current_task()
+            arriving.request is request
+            or self._loop.is_current_task()
+            or self._admitting is trio.lowlevel.current_task()
         ):
             arriving.hand_on()
             self._arriving = None

@@ -1,20 +1,19 @@
 """What a server and its worker processes say to each other, and how.
 
 Over a socket pair for each worker. The server says single bytes, so saying never waits.
-The worker says frames: a byte, a length, and that much of text or of a pickle. It says so
-from any thread, and from children that it forks, so each is one packet, and of limited
-length; and it waits where the server does not listen, as for a log file. What the workers
-have counted is not said at all: it is in memory that both see (`SharedCounters`).
+The worker says frames: a byte, a length, and that much of text. It says so from any
+thread, and from children that it forks, so each is one packet, of limited length; and it
+waits where the server does not listen, as for a log file. The server believes nothing that
+is not listed here: a worker may have fewer rights than it. What the workers have counted is
+not said at all, it is in memory that both see (`SharedCounters`).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import enum
-import logging
-import logging.handlers
 import os
-import pickle
 import socket
 import struct
 import sys
@@ -31,6 +30,8 @@ class Order(enum.Enum):
     """Accept no more; requests go on."""
     CLOSE = b"c"
     """Close the server, wait for its requests, and end."""
+    RETIRE = b"r"
+    """End when there are no requests."""
     CANCEL = b"x"
     """End."""
 
@@ -48,8 +49,10 @@ class News(enum.Enum):
     """A handler has called ``server_close()``."""
     FAILED = b"f"
     """It ends, because of this error: a traceback."""
+    ENDING = b"e"
+    """The server has been left; the process is about to end."""
     LOG = b"l"
-    """This is to be logged: the pickled attributes of a `logging.LogRecord`."""
+    """This is to be logged; see `_worker_log`."""
 
 
 HEADER = struct.Struct("=cI")
@@ -57,17 +60,15 @@ HEADER = struct.Struct("=cI")
 LINK_TYPE = socket.SOCK_STREAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
 """Packets, where there are any; else what children log may get mixed up."""
 
-TEXT_LIMIT = 20_000
-"""Characters of a message; the end of a longer one is what arrives.
-
-Linux takes packets of 200 KB; a record has its message in it twice, and a character may be
-4 bytes.
-"""
+FRAME_LIMIT = 150_000
+"""Bytes of a frame. Linux takes packets of 200 KB, unless it is told to take fewer."""
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Return the two ends of a link."""
-    return socket.socketpair(type=LINK_TYPE)
+    """Return the two ends of a link: the server's, and the worker's."""
+    ours, theirs = socket.socketpair(type=LINK_TYPE)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * FRAME_LIMIT)
+    return ours, theirs
 
 
 class Frames:
@@ -77,10 +78,16 @@ class Frames:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[News, bytes]]:
-        """Take what has come; yield the frames that are complete now."""
+        """Take what has come; yield the frames that are complete now.
+
+        Raises:
+            ValueError: it makes no sense.
+        """
         self._buffer += data
         while len(self._buffer) >= HEADER.size:
             word, size = HEADER.unpack_from(self._buffer)
+            if size > FRAME_LIMIT:
+                raise ValueError(f"a frame of {size} bytes")
             end = HEADER.size + size
             if len(self._buffer) < end:
                 break
@@ -94,12 +101,19 @@ class WorkerLink:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._renew_lock()
+        self._begin_anew()
         # A forked child of the worker's logs by this link too.
-        os.register_at_fork(after_in_child=self._renew_lock)
+        os.register_at_fork(after_in_child=self._begin_anew)
 
-    def _renew_lock(self) -> None:
-        self._saying = threading.Lock()
+    def _begin_anew(self) -> None:
+        self._lock = threading.RLock()
+        self._is_saying = False
+        self._frames: collections.deque[bytes] = collections.deque()
+
+    def hang_up(self) -> None:
+        """Have `obey` find out that the server is gone."""
+        with contextlib.suppress(OSError):  # ENOTCONN, EBADF: it has, or need not.
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def detach(self) -> None:
         """Leave the socket open, without an owner."""
@@ -110,10 +124,22 @@ class WorkerLink:
         return self._sock.fileno()
 
     def say(self, news: News, content: bytes = b"") -> None:
-        """Tell the server something; from any thread."""
-        # Without a server there is nobody to tell, and the worker ends for that reason.
-        with self._saying, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._sock.sendall(HEADER.pack(news.value, len(content)) + content)
+        """Tell the server something; from any thread, and from within itself.
+
+        A signal handler, or the garbage collector, may call something that logs.
+        """
+        self._frames.append(HEADER.pack(news.value, len(content)) + content)
+        with self._lock:
+            if self._is_saying:
+                return  # The caller that this has interrupted goes on.
+            self._is_saying = True
+            try:
+                # Without a server there is nobody to tell, and the worker ends.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    while self._frames:
+                        self._sock.sendall(self._frames.popleft())
+            finally:
+                self._is_saying = False
 
     async def obey(self, obey: Callable[[Order], object]) -> None:
         """Call *obey* with what the server orders; to cancel if the server is gone."""
@@ -128,53 +154,3 @@ class WorkerLink:
                 return
             for order in orders:
                 obey(Order(bytes([order])))
-
-
-PLAIN = frozenset({int, bool, float, type(None)})
-"""What pickles, and is the same in the server. All else is logged as text."""
-
-
-def _plain(value: object) -> object:
-    if type(value) in PLAIN:
-        return value
-    return (value if type(value) is str else repr(value))[-TEXT_LIMIT:]
-
-
-class LogToServer(logging.handlers.QueueHandler):
-    """Have the server log what the worker logs, to where the program has configured."""
-
-    def __init__(self, link: WorkerLink) -> None:
-        super().__init__(link)  # type: ignore[arg-type]
-        self._link = link
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        """Send a record, of which the base class has made a text already."""
-        values = {name: _plain(value) for name, value in vars(record).items()}
-        self._link.say(News.LOG, pickle.dumps(values))
-
-
-def log_levels() -> dict[str | None, int]:
-    """Return the levels that loggers have here, for a worker to have the same."""
-    levels: dict[str | None, int] = {
-        name: logger.level
-        for name, logger in logging.root.manager.loggerDict.items()
-        if isinstance(logger, logging.Logger) and logger.level != logging.NOTSET
-    }
-    return levels | {None: logging.root.level}
-
-
-def log_to_server(link: WorkerLink, levels: dict[str | None, int]) -> None:
-    """Send what is logged to the server, unless what was imported has configured it."""
-    if not logging.root.handlers:
-        logging.root.addHandler(LogToServer(link))
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def log_for_worker(content: bytes) -> None:
-    """Log what a worker has sent."""
-    record = logging.makeLogRecord(pickle.loads(content))
-    with contextlib.suppress(Exception):  # Filters and handlers are the user's.
-        logger = logging.getLogger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)

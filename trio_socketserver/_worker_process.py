@@ -10,6 +10,7 @@ the pickled server. It runs that as any program would, and ends
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import pickle
@@ -24,13 +25,15 @@ from typing import Any, NoReturn
 
 import trio
 
+from ._children import open_pidfd
 from ._crew import Preparation, patience_of
 from ._groups import open_ungrouped_nursery
 from ._inherited import remember, servers
 from ._preforking import PreforkingMixIn, means_copy
 from ._sockets import ListeningSocket
 from ._statistics import SharedCounters
-from ._worker_link import TEXT_LIMIT, News, Order, WorkerLink, log_to_server
+from ._worker_link import News, Order, WorkerLink
+from ._worker_log import log_to_server, shortened
 
 WORKER_BATCH = 1
 """Requests taken per wake-up: a burst is for all workers, not for the first that wakes.
@@ -41,11 +44,11 @@ nginx does the same (multi_accept off).
 
 def main() -> None:
     """Be a worker; its descriptors are in ``sys.argv``."""
-    listener, link_end, figures = map(int, sys.argv[1:4])
+    parent, listener, link_end, figures = map(int, sys.argv[1:5])
     for descriptor in (listener, link_end, figures):
         os.set_inheritable(descriptor, False)
     link = WorkerLink(socket.socket(fileno=link_end))
-    watch = ParentWatch(link)
+    watch = ParentWatch(parent, link)
     try:
         preparation: Preparation = pickle.load(sys.stdin.buffer)
         server = _server_of(preparation, link)
@@ -58,10 +61,11 @@ def main() -> None:
         watch.patience = patience_of(server)
         trio.run(_Worker(server, link, preparation.poll_interval).run)
     except BaseException:  # noqa: ASYNC103 (nobody is left to raise it to)
-        text = traceback.format_exc()[-TEXT_LIMIT:]
+        text = shortened(traceback.format_exc())
         link.say(News.FAILED, text.encode(errors="backslashreplace"))
         sys.exit(1)
     finally:
+        link.say(News.ENDING)
         # Left open, because the watch looks at it until the process has ended.
         link.detach()
 
@@ -71,7 +75,7 @@ def _server_of(preparation: Preparation, link: WorkerLink) -> Any:
     if preparation.main is not None:
         preparation.main.run_again()
     server = pickle.loads(preparation.server)
-    log_to_server(link, preparation.log_levels)
+    log_to_server(functools.partial(link.say, News.LOG), preparation.log_levels)
     return server
 
 
@@ -82,15 +86,22 @@ class ParentWatch:
         patience: seconds that the event loop, which learns of it too, has for ending.
     """
 
-    def __init__(self, link: WorkerLink) -> None:
+    def __init__(self, parent: int, link: WorkerLink) -> None:
         self.patience = 0.0
-        self._descriptor = link.fileno()
+        self._parent = parent
+        self._link = link
         threading.Thread(target=self._watch, name="parent watch", daemon=True).start()
 
     def _watch(self) -> NoReturn:
         poll = select.poll()
-        poll.register(self._descriptor, 0)  # Which leaves that the other end is closed.
-        poll.poll()
+        poll.register(self._link, 0)  # Which leaves that the other end is closed.
+        # What the parent has forked may hold that open.
+        pidfd = open_pidfd(self._parent)
+        if pidfd is not None:
+            poll.register(pidfd, select.POLLIN)
+        if os.getppid() == self._parent:  # Or the number may be another's by now.
+            poll.poll()
+        self._link.hang_up()
         threading.Event().wait(self.patience)
         os._exit(1)
 
@@ -128,6 +139,11 @@ class _Worker:
         async for _ in signals:
             self._obey(Order.CLOSE)
 
+    async def _retire(self) -> None:
+        await self._server._wait_idle()
+        self._server._retires = True
+        self._obey(Order.CLOSE)
+
     def _obey(self, order: Order) -> None:
         match order:
             case Order.STOP:
@@ -136,5 +152,7 @@ class _Worker:
             case Order.CLOSE:
                 self._is_to_close.set()
                 self._nursery.start_soon(self._server.server_close)
-            case Order.CANCEL:
+            case Order.RETIRE:
+                self._nursery.start_soon(self._retire)
+            case Order.CANCEL:  # pragma: no branch (there is no more)
                 self._hard.cancel()
