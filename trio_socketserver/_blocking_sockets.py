@@ -22,7 +22,9 @@ from typing import Any, Final
 
 import trio
 
+from ._blocking_tls import shake_hands
 from ._sockets import DONTWAIT, DatagramSocket, StreamSocket
+from ._tls import TLSSocket
 from ._workers import CallTrio
 
 WAITING: Final = {
@@ -166,6 +168,12 @@ class Loan:
     def __init__(self, request: Any) -> None:
         self.request = request
 
+    def begin(self) -> None:
+        """Do what comes before the handler, in its thread, and may block."""
+
+    def finish(self) -> None:
+        """Do what comes after the handler, in its thread, and may block."""
+
     def wake(self) -> None:
         """Make a thread return that waits for the peer."""
 
@@ -198,6 +206,17 @@ class _StreamLoan(Loan):
     def close(self) -> None:
         self._waker.release()
         self.request.close()
+
+
+class _TLSLoan(_StreamLoan):
+    __slots__ = ()
+    _stream: TLSSocket
+
+    def begin(self) -> None:
+        shake_hands(self.request, self._stream.handshake_timeout)
+
+    def finish(self) -> None:
+        self.request.say_goodbye(self._stream.closing_timeout)
 
 
 class _DatagramLoan(Loan):
@@ -238,7 +257,8 @@ def lend(request: Any, call: CallTrio) -> Loan:
     """
     match request:
         case StreamSocket():
-            return _StreamLoan(request)
+            kind = _TLSLoan if isinstance(request, TLSSocket) else _StreamLoan
+            return kind(request)
         case (data, DatagramSocket() as sender):
             return _DatagramLoan(data, sender, call)
         case _:

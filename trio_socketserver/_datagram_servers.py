@@ -12,7 +12,7 @@ import socket as socketlib
 import struct
 from typing import Any, Final
 
-from ._server import Handler
+from ._server import BaseServer, Handler
 from ._sockets import DatagramSocket
 from ._stream_servers import TCPServer
 
@@ -52,6 +52,7 @@ class UDPServer(TCPServer):
     """Bytes of a datagram that are delivered; a longer one is cut and counted."""
 
     _default_max_tasks = DATAGRAM_TASKS
+    _run_handler = BaseServer._run_handler  # There is no TLS here.
 
     def __init__(
         self,
@@ -59,6 +60,8 @@ class UDPServer(TCPServer):
         RequestHandlerClass: Handler,
         bind_and_activate: bool = True,
     ) -> None:
+        if self.ssl_context is not None:
+            raise TypeError(f"{type(self).__qualname__} has datagrams: there is no TLS")
         self._sender: DatagramSocket | None = None
         self._dropped_before = 0
         super().__init__(server_address, RequestHandlerClass, bind_and_activate)
