@@ -22,7 +22,9 @@ import re
 import selectors
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Final
 
 from ._exceptions import ConnectionBroken, RequestTimeout, connection_broken
@@ -38,15 +40,51 @@ def describe(error: ssl.SSLError, doing: str) -> str:
 
 
 class SecureSocket:
-    """Mixed into the class of an `ssl.SSLSocket` that has been lent to a handler."""
+    """Mixed into the class of an `ssl.SSLSocket` that has been lent to a handler.
+
+    OpenSSL works for one thread at a time, and in the newest Pythons makes the others wait,
+    for as long as a peer is silent. So no close_notify is sent while another thread is in
+    it, perhaps one that a handler has left behind; what wakes that is the closing.
+    """
 
     __slots__ = ()
 
+    def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Receive, for all methods that do."""
+        with self._in_use():
+            return super().read(*args, **kwargs)  # type: ignore[misc]
+
+    def send(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Send, for all methods that do."""
+        with self._in_use():
+            return super().send(*args, **kwargs)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _in_use(self: Any) -> Iterator[None]:
+        me = threading.get_ident()
+        self._users.add(me)
+        try:
+            yield
+        finally:
+            self._users.discard(me)
+
     def shutdown(self: Any, how: int) -> None:
-        """End one direction of the connection, or both."""
-        if how == socket.SHUT_RDWR:
+        """End one direction of the connection, or both.
+
+        OpenSSL gives up on what has been sent to us before close_notify and not been
+        received. So where that is the case, ``SHUT_WR`` ends the connection without one.
+        """
+        loses = how == socket.SHUT_WR and self._holds_data()
+        if how != socket.SHUT_RD and not loses:
             self.say_goodbye(0)
         socket.socket.shutdown(self, how)
+
+    def _holds_data(self: Any) -> bool:
+        if self.fileno() == -1 or self._users:
+            return False
+        with SELECTOR() as selector:
+            selector.register(self.fileno(), selectors.EVENT_READ)
+            return bool(self.pending() or selector.select(0))
 
     def _real_close(self: Any, *args: Any) -> None:
         self.say_goodbye(0)
@@ -58,19 +96,27 @@ class SecureSocket:
         Args:
             seconds: how long to wait for the peer to read what comes before it.
         """
-        if self.fileno() == -1 or self.version() is None:
+        if self.fileno() == -1 or self._users or self.version() is None:
             return
         deadline = time.monotonic() + seconds
+        timeout = self.gettimeout()
         with contextlib.suppress(OSError, ValueError):
             self.settimeout(0)
-            while True:
-                try:
-                    # It sends close_notify and looks for the peer's, once.
-                    self.unwrap()
-                    return
-                except ssl.SSLWantWriteError:
+            try:
+                while not self._sends_close_notify():
                     if not _has_room(self, deadline - time.monotonic()):
                         return
+            finally:
+                self.settimeout(timeout)
+
+    def _sends_close_notify(self: Any) -> bool:
+        try:
+            self.unwrap()  # It looks for the peer's, too, but once only.
+        except ssl.SSLWantReadError:
+            return True
+        except ssl.SSLWantWriteError:
+            return False
+        return True
 
 
 def _has_room(sock: socket.socket, seconds: float) -> bool:
@@ -96,6 +142,7 @@ def secure(sock: socket.socket, context: ssl.SSLContext) -> socket.socket:
         made = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
     except OSError as error:
         raise _broken(error) from error
+    made._users = set()  # type: ignore[attr-defined]
     theirs: Any = type(made)
     made.__class__ = _secure_class(theirs)
     return made
