@@ -11,6 +11,7 @@ import socket
 import socketserver
 import ssl
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -655,7 +656,7 @@ async def test_a_first_context_that_fails_while_serving_is_loud() -> None:
             connect(server.server_address),
             pytest.raises(TypeError, match="must be an"),
         ):
-            await server.handle_request()
+            await server.get_request()
         assert server.statistics().accepted == 0
 
 
@@ -710,3 +711,88 @@ async def test_the_openssl_program(place: Any, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "hello\nbye\n"), done.stderr
     assert "unexpected eof" not in done.stderr
     assert server.statistics().completed == 1
+
+
+class Program:
+    """An ``openssl s_client`` that is talked to."""
+
+    def __init__(self, server: Any, *options: str) -> None:
+        host, port = server.server_address
+        self.process = subprocess.Popen(
+            ["openssl", "s_client", "-connect", f"{host}:{port}", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.watchdog = threading.Timer(REAL_LIMIT, self.process.kill)
+
+    def __enter__(self) -> Program:
+        self.watchdog.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.watchdog.cancel()
+        self.watchdog.join()
+        self.process.kill()
+        self.process.communicate()
+
+    def say(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def hear(self, expected: str) -> None:
+        """Read lines up to one that contains *expected*."""
+        assert self.process.stdout
+        heard = []
+        while True:
+            line = self.process.stdout.readline()
+            assert line, heard
+            heard.append(line)
+            if expected in line:
+                return
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl program")
+@each_place("threading-async")
+@bounded
+async def test_keys_are_updated(place: Any) -> None:
+    server_class, echo, _ = place
+    server = make(server_class, echo)
+
+    def client() -> None:
+        with Program(server) as program:
+            program.say("hello")
+            program.hear("hello")
+            program.say("K")
+            program.hear("KEYUPDATE")
+            program.say("again")
+            program.hear("again")
+            program.say("bye")
+            program.hear("closed")
+
+    async with serving(server):
+        await in_thread(client)
+    assert server.statistics().completed == 1
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl program")
+@each_place("threading-async")
+@bounded
+async def test_a_client_that_wants_to_negotiate_again_is_refused(place: Any) -> None:
+    server_class, echo, _ = place
+    server = make(server_class, echo)
+
+    def client() -> None:
+        with Program(server, "-tls1_2") as program:
+            program.say("hello")
+            program.hear("hello")
+            program.say("R")
+            program.hear("RENEGOTIATING")
+            program.hear("no renegotiation")
+
+    async with serving(server):
+        await in_thread(client)
+        assert await ask(server, b"bye\n") == b"bye\n"
+    assert_sums_up(server)

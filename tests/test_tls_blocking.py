@@ -55,6 +55,7 @@ from trio_socketserver import (
     RequestTimeout,
     TCPServer,
     ThreadingTCPServer,
+    _blocking_tls,
 )
 from trio_socketserver._blocking_tls import SecureSocket, secure, shake_hands
 
@@ -458,11 +459,20 @@ def test_close_notify_waits_for_room_and_no_longer() -> None:
         assert server.gettimeout() is None
 
 
-def test_close_notify_comes_when_there_is_room() -> None:
+def test_close_notify_comes_when_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = threading.Event()
+
+    def has_room(sock: socket.socket, seconds: float) -> bool:
+        waits.set()
+        return really_has_room(sock, seconds)
+
+    really_has_room = _blocking_tls._has_room
+    monkeypatch.setattr(_blocking_tls, "_has_room", has_room)
     with established() as (server, client):
         clog_below(server)
         thread = threading.Thread(target=server.say_goodbye, args=(REAL_LIMIT,))
         thread.start()
+        wait_for(waits)
         received = b""
         while not (record := received.rpartition(bytes(512))[2].lstrip(b"\0")):
             received += super(ssl.SSLSocket, client).recv(65536)

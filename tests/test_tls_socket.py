@@ -476,6 +476,15 @@ async def test_a_reset_is_a_broken_connection() -> None:
 
 
 @bounded
+async def test_saying_goodbye_to_nobody() -> None:
+    async with established() as (server, client):
+        close_with_reset(client.socket)
+        await trio.lowlevel.wait_readable(server.socket)
+        assert server.say_goodbye_now()
+        await server.aclose()
+
+
+@bounded
 async def test_an_error_of_openssl_in_sending(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
         def write(self, data: memoryview) -> int:

@@ -158,8 +158,7 @@ class TLSSocket(StreamSocket):
     def _break(self, error: ssl.SSLError, doing: str = "TLS") -> ConnectionBroken:
         """Take note of an error of OpenSSL's, and let the peer know."""
         self._broken = describe(error, doing)
-        with contextlib.suppress(trio.BrokenResourceError):
-            self._flush_now()
+        self._flush_or_fail_quietly()
         return ConnectionBroken(errno.EPROTO, self._broken)
 
     def _fill_now(self) -> bool:
@@ -192,6 +191,13 @@ class TLSSocket(StreamSocket):
             except OSError as error:
                 raise self._failure(error) from error
             self._unsent = self._unsent[sent:]
+
+    def _flush_or_fail_quietly(self) -> bool:
+        """Do the same where it is not known whether the peer is still there."""
+        try:
+            return self._flush_now()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return True
 
     async def _flush(self) -> None:
         while not self._flush_now():
@@ -267,7 +273,7 @@ class TLSSocket(StreamSocket):
             except ssl.SSLError as error:
                 raise self._break(error) from error
             if self._outgoing.pending:
-                self._flush_now()  # An answer of OpenSSL's own.
+                self._flush_or_fail_quietly()  # An answer of OpenSSL's own.
             if not self._fill_now():
                 return None
 
@@ -493,10 +499,7 @@ class TLSSocket(StreamSocket):
             if self._unsent:
                 return True  # A send was cut short.
             self._put_close_notify()
-        try:
-            return self._flush_now()
-        except trio.BrokenResourceError:
-            return True
+        return self._flush_or_fail_quietly()
 
     async def say_goodbye(self) -> None:
         """Send close_notify, if the peer takes it in time; its own is not waited for.
