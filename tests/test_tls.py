@@ -53,6 +53,7 @@ from trio_socketserver import (
     NurseryUDPServer,
     NurseryUnixStreamServer,
     StreamRequestHandler,
+    TCPServer,
     ThreadingTCPServer,
     UDPServer,
 )
@@ -667,6 +668,16 @@ def test_there_is_no_tls_for_datagrams(server_class: Any) -> None:
     own_class = type("Own", (server_class,), {"ssl_context": server_context()})
     with pytest.raises(TypeError, match="Own has datagrams: there is no TLS"):
         own_class(ADDRESS, AsyncEcho)
+
+
+@bounded
+async def test_a_wrapped_listener_is_refused() -> None:
+    """That is how it is done with `socketserver`."""
+    server = TCPServer(ADDRESS, AsyncEcho)
+    server.socket = server_context().wrap_socket(server.socket, server_side=True)
+    with pytest.raises(TypeError, match="give the context to the server, as ssl_context"):
+        await server.serve_forever()
+    await server.server_close()
 
 
 @bounded

@@ -139,8 +139,10 @@ async def test_it_answers_to_the_names_of_an_ssl_object(version: Any) -> None:
         assert {"getpeercert", "cipher", "sni", "receive_some"} <= set(dir(server))
         with pytest.raises(AttributeError, match="no_such_name"):
             _ = server.no_such_name
-        with pytest.raises(AttributeError, match="_no_such_name"):
-            _ = server._no_such_name
+        for name in ("_no_such_name", "read", "write", "unwrap"):
+            with pytest.raises(AttributeError, match=f"'TLSSocket' .*'{name}'"):
+                getattr(server, name)
+            assert name not in dir(server)
 
 
 @bounded

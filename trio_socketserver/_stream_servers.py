@@ -11,8 +11,9 @@ import errno
 import logging
 import os
 import socket as socketlib
+import ssl
 import stat
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Self
 
 import trio
@@ -29,7 +30,7 @@ from ._sockets import (
     shut_down_sending,
 )
 from ._tls import HANDSHAKE_TIMEOUT, TLSSocket
-from ._tls_contexts import Contexts, ContextSource
+from ._tls_contexts import Contexts
 
 __all__ = ["TCPServer"]
 
@@ -88,8 +89,8 @@ class TCPServer(BaseServer):
     dualstack_ipv6: bool = True
     """Whether a server of ``AF_INET6`` on the wildcard address serves IPv4 too."""
 
-    ssl_context: ContextSource | None = None
-    """What makes the server speak TLS: an `ssl.SSLContext`, or a callable that makes one.
+    ssl_context: ssl.SSLContext | Callable[..., ssl.SSLContext] | None = None
+    """An `ssl.SSLContext`, or a callable that makes one, for a server that speaks TLS.
 
     A callable is called once, when the server is made, or begins to serve. (For workers
     that are processes of their own it has to be one that can be imported.) The attribute
@@ -108,7 +109,7 @@ class TCPServer(BaseServer):
         RequestHandlerClass: Handler,
         bind_and_activate: bool = True,
         *,
-        ssl_context: ContextSource | None = None,
+        ssl_context: ssl.SSLContext | Callable[..., ssl.SSLContext] | None = None,
     ) -> None:
         super().__init__(server_address, RequestHandlerClass)
         self._contexts = Contexts()
@@ -180,6 +181,11 @@ class TCPServer(BaseServer):
     def _prepare_listener(self) -> None:
         if self.fileno() == -1:
             raise trio.ClosedResourceError("the listening socket has been closed")
+        if isinstance(self.socket, ssl.SSLSocket):
+            raise TypeError(
+                "the listening socket has been wrapped by an SSLContext, and would shake "
+                "hands in accept(): give the context to the server, as ssl_context"
+            )
         self.socket.setblocking(False)
         if type(self.socket) is socketlib.socket:
             # Inherited, or put there by the user: from now on it is ours, and must wake the

@@ -50,6 +50,9 @@ ENCRYPT_SIZE: Final = 65536
 Four records of TLS. What they cost to encrypt, some 50 µs, is how long others wait.
 """
 
+BEHIND_OUR_BACK: Final = frozenset({"read", "write", "unwrap"})
+"""What an `ssl.SSLObject` does without anybody who sends and receives for it."""
+
 
 class TLSSocket(StreamSocket):
     """A connection that speaks TLS: a `StreamSocket` with the same methods.
@@ -129,12 +132,14 @@ class TLSSocket(StreamSocket):
         self._unsent = b""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
+        if name.startswith("_") or name in BEHIND_OUR_BACK:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}"
+            )
         return getattr(self._engine(), name)
 
     def __dir__(self) -> list[str]:
-        names = dir(self._object)
+        names = set(dir(self._object)) - BEHIND_OUR_BACK
         return [*super().__dir__(), *(name for name in names if not name.startswith("_"))]
 
     # -- OpenSSL ---------------------------------------------------------------------

@@ -12,11 +12,8 @@ import inspect
 import logging
 import ssl
 from collections.abc import Callable
-from typing import TypeAlias
 
 from ._log import log
-
-ContextSource: TypeAlias = ssl.SSLContext | Callable[..., ssl.SSLContext]
 
 
 def make_context(source: object) -> ssl.SSLContext:
