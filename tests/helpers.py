@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -317,12 +317,15 @@ def reply_now(client: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+def running(
+    *arguments: str, folder: Path | None = None, pass_fds: Collection[int] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """Run Python, which finds the package under test and treats warnings as errors.
 
     Args:
         *arguments: what stands behind ``python`` on the command line.
         folder: the directory to run it in.
+        pass_fds: descriptors that it inherits.
 
     Yields:
         The process. It is killed after `REAL_LIMIT` seconds, so that no read from it waits
@@ -332,6 +335,7 @@ def running(*arguments: str, folder: Path | None = None) -> Iterator[subprocess.
     with subprocess.Popen(
         [sys.executable, "-W", "error", *arguments],
         cwd=folder,
+        pass_fds=pass_fds,
         env={**os.environ, "PYTHONPATH": package},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

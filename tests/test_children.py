@@ -176,7 +176,7 @@ async def test_a_report_that_cannot_be_written(
         def read_only() -> Any:
             return open(file.name, "rb")
 
-        monkeypatch.setattr("trio_socketserver._children._nameless_file", read_only)
+        monkeypatch.setattr("trio_socketserver._children.nameless_file", read_only)
         with pytest.raises(ChildFailed, match="status 1"):
             await end_of(bool)
     assert "in _be_child\n" in capfd.readouterr().err

@@ -7,6 +7,7 @@ have connected before it serves; where the process matters, as a real one.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import logging
 import os
@@ -38,6 +39,7 @@ from helpers import (
 )
 
 from trio_socketserver import BaseRequestHandler, StreamRequestHandler, _cli, run
+from trio_socketserver._activation import take_listen_fds
 
 LOCAL = "--bind=127.0.0.1:0"
 COMMAND = ("-m", "trio_socketserver")
@@ -506,7 +508,8 @@ def test_bad_tls_options(capsys, certificate):
 
 def test_the_defaults():
     options = _cli.make_parser().parse_args([])
-    assert _cli.parse_address(options.bind) == (socket.AF_INET, ("127.0.0.1", 9999))
+    assert options.bind is options.fd is options.workers is None
+    assert _cli.parse_address(_cli.DEFAULT_BIND) == (socket.AF_INET, ("127.0.0.1", 9999))
     assert options.graceful_timeout == 30
     assert (
         options.handler is options.request_timeout is options.max_requests_at_once is None
@@ -817,3 +820,121 @@ def test_a_peers_reset_is_one_line(tmp_path):
         out, err = process.communicate()
     assert out == "accepted 2, completed 1, failed 1, peer_errors 1\n"
     assert re.fullmatch(r"\S+ \S+ INFO .*ConnectionBroken.*\n", err)
+
+
+# -- inherited sockets ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def inheriting(
+    sock: socket.socket, *options: str, pid: str | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Run the command as a service manager does: *sock* is its descriptor 3."""
+    start = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3, inheritable=True); "
+        "os.environ |= {'LISTEN_FDS': '1', 'LISTEN_PID': sys.argv[2] or str(os.getpid())}; "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[3:]])"
+    )
+    # A number that dup2() does not find in its way.
+    descriptor = fcntl.fcntl(sock, fcntl.F_DUPFD, 100)
+    os.set_inheritable(descriptor, True)
+    try:
+        command = (start, str(descriptor), pid or "", *COMMAND, *options)
+        with running("-c", *command, pass_fds=(descriptor,)) as process:
+            yield process
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("options", [[], ["--workers=1"]])
+def test_a_service_manager_s_socket_is_served(options):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        inheriting(listener, *options) as process,
+    ):
+        assert printed_address(line_of(process)) == listener.getsockname()
+        for _ in range(2):
+            with connect(listener.getsockname()) as client:
+                client.sendall(b"hello\n")
+                assert client.recv(99) == b"hello\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+
+
+def test_a_service_manager_s_unix_socket_stays_where_it_is(tmp_path):
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with inheriting(listener) as process:
+            assert f"unix:{path}" in line_of(process)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0
+        assert Path(path).is_socket()
+
+
+def test_a_service_manager_s_datagram_socket_is_served(tmp_path):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        with inheriting(receiver) as process:
+            assert printed_address(line_of(process)) == receiver.getsockname()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"hello", receiver.getsockname())
+                assert client.recv(99) == b"hello"
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == 0
+
+
+def test_a_socket_for_another_process_is_left_alone():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with inheriting(listener, "--bind=127.0.0.1:0", pid="1") as process:
+            assert printed_address(line_of(process)) != listener.getsockname()
+        with inheriting(listener, "--bind=127.0.0.1:0") as process:
+            assert printed_address(line_of(process)) != listener.getsockname()
+
+
+@pytest.mark.parametrize(
+    ("environ", "descriptors"),
+    [
+        ({}, []),
+        ({"LISTEN_FDS": "2", "LISTEN_PID": str(os.getpid())}, [3, 4]),
+        ({"LISTEN_FDS": "two", "LISTEN_PID": str(os.getpid())}, []),
+        ({"LISTEN_FDS": "2"}, []),
+        ({"LISTEN_FDS": "2", "LISTEN_PID": "1", "LISTEN_FDNAMES": "a:b"}, []),
+    ],
+)
+def test_what_is_taken_is_taken_once(environ, descriptors):
+    rest = {"PATH": "/bin"}
+    environ |= rest
+    assert take_listen_fds(environ) == descriptors
+    assert environ == rest
+
+
+def test_a_descriptor_is_served():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        options = _cli.make_parser().parse_args([f"--fd={os.dup(listener.fileno())}"])
+        server = _cli.make_server(options)
+        assert server.server_address == listener.getsockname()
+        assert not os.get_inheritable(server.fileno())
+        server._close_listener()
+
+
+def test_descriptors_that_cannot_be_served(capsys, monkeypatch, tmp_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket() as connecting,
+        open(tmp_path / "file", "w") as file,
+    ):
+        for arguments, reason in (
+            ([f"--fd={listener.fileno()}", "--udp"], "it is of another type"),
+            ([f"--fd={connecting.fileno()}"], "it does not listen"),
+            ([f"--fd={file.fileno()}"], "Socket operation on non-socket"),
+            (["--fd=12345"], "Bad file descriptor"),
+            (["--fd=-1"], "invalid descriptor value"),
+            (["--fd=5", "--bind=:1"], "not allowed with"),
+        ):
+            assert reason in complaint(capsys, *arguments)
+        assert listener.fileno() != -1
+        monkeypatch.setenv("LISTEN_FDS", "2")
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        assert "only one can be served" in complaint(capsys)

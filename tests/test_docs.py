@@ -4,6 +4,7 @@ and names in tables are those of the package."""
 from __future__ import annotations
 
 import ast
+import dataclasses
 import http.server
 import importlib.util
 import inspect
@@ -39,8 +40,16 @@ from helpers import connect, is_refused, receive
 import trio_socketserver
 from trio_socketserver._accept import BACK_OFF_FIRST, BACK_OFF_LIMIT
 from trio_socketserver._cli import DEFAULT_BIND, make_parser, make_server
+from trio_socketserver._crew import (
+    EXIT_TIMEOUT,
+    LONGEST_RESTART_DELAY,
+    RESTART_DELAY,
+    START_ATTEMPTS,
+    STEADY_AFTER,
+)
 from trio_socketserver._draining import FIRST_LINE_GRACE
 from trio_socketserver._files import LINES_IN_A_ROW, MAX_LINE_SIZE, WRITE_BUFFER_SIZE
+from trio_socketserver._fresh_interpreter import MAIN_AGAIN
 from trio_socketserver._hooks import COROUTINE_HOOKS, PLAIN_HOOKS
 from trio_socketserver._lifecycle import TRANSITIONS, LoopEvent, LoopState
 from trio_socketserver._run import GRACEFUL_TIMEOUT
@@ -48,6 +57,7 @@ from trio_socketserver._server import BATCH
 from trio_socketserver._sockets import RECEIVE_SIZE
 from trio_socketserver._stdlib_servers import DAEMON_GRACE, SHUTDOWN_TIMEOUT
 from trio_socketserver._tls import HANDSHAKE_TIMEOUT
+from trio_socketserver._worker_process import WORKER_BATCH
 from trio_socketserver._workers import IDLE_SECONDS
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +66,8 @@ DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.rst"))]
 
 LIMIT = 20
 """Seconds to wait for a program that hangs."""
+
+WORDS = {1: "one", 5: "five", 10: "ten"}
 
 
 # -- finding the blocks --------------------------------------------------------------------
@@ -1016,8 +1028,162 @@ def test_numbers_of_tls(phrase: str) -> None:
     assert phrase in " ".join((ROOT / "docs" / "tls.rst").read_text().split())
 
 
+# -- dispatchers and processes -------------------------------------------------------------
+
+
+@scenario("dispatchers.rst: combinations")
+def combinations(block: Block, folder: Path) -> None:
+    namespace = dict(vars(trio_socketserver))
+    exec(block.text, namespace)
+    made = [name for name in namespace if name not in vars(trio_socketserver)]
+    assert (
+        made
+        == ["__builtins__", "OneAtATime", "Tasks", "Threads", "Children", "Workers"][
+            "__builtins__" in vars(trio_socketserver) :
+        ]
+    )
+    ready_made = dict(re.findall(r"class (\w+).*# Or (\w+)\.$", block.text, re.MULTILINE))
+    assert len(ready_made) == 3
+    for name, public in ready_made.items():
+        assert namespace[name].__mro__[1:] == getattr(trio_socketserver, public).__mro__[1:]
+
+
+@scenario("processes.rst: divide.py")
+def divide(block: Block, folder: Path) -> None:
+    expected = BLOCKS["processes.rst: divided"].text.splitlines()
+    with Program.of(block, folder) as program:
+        address = program.address()
+        answers = [exchange(address, number) for number in (b"5", b"0", b"13")]
+        assert answers == [b"20\n", b"", b""]
+        printed = [program.line() for _ in expected]
+        assert [re.sub(r"\b\d{2,}\b", "4711", line) for line in printed] == expected
+        program.end_quietly()
+
+
+@contextmanager
+def standing_still(pid: int) -> Iterator[None]:
+    """Keep a process from running."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@scenario("processes.rst: visits.py")
+def visits(block: Block, folder: Path) -> None:
+    handler = re.sub(
+        r"^(?P<indent> +)await self\.wfile",
+        r"\g<indent>import os; await self.wfile.write(b'%d ' % os.getpid())\n\g<0>",
+        block.text,
+        flags=re.MULTILINE,
+    )
+    assert handler != block.text
+    with Program.of(dataclasses.replace(block, text=handler), folder) as program:
+        address = program.address()
+        one, told = exchange(address, b"").split(b" ", 1)
+        assert told == b"1 here, 1 in all\n"
+        with standing_still(int(one)):  # So the other one answers.
+            others = [exchange(address, b"").split(b" ", 1) for _ in range(2)]
+        assert [told for _, told in others] == [
+            b"1 here, 2 in all\n",
+            b"2 here, 3 in all\n",
+        ]
+        (other,) = {pid for pid, _ in others}
+        assert len({int(one), int(other), program.process.pid}) == 3
+        program.end_quietly()
+
+
+@scenario("processes.rst: lock")
+def lock(block: Block, folder: Path) -> None:
+    source = (
+        "from trio_socketserver import PreforkingMixIn, ThreadingTCPServer, run\n"
+        f"import threading\n\n{block.text}\ndef handler(*arguments): pass\n\n"
+        'if __name__ == "__main__":\n    run(LockingServer(("127.0.0.1", 9999), handler))\n'
+    )
+    with Program.of(dataclasses.replace(block, text=source), folder) as program:
+        program.address()
+        code, stdout, stderr = program.end()
+    assert (code, stdout) == (1, "")
+    expected = " ".join(BLOCKS["processes.rst: unpicklable"].text.split())
+    assert stderr.splitlines()[-1] == expected
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="came with Python 3.12")
+def test_the_warning_of_forking_with_threads() -> None:
+    """It is Python's, in these words."""
+    expected = BLOCKS["processes.rst: warning"].text.strip()
+    program = (
+        "import os, threading; done = threading.Event()\n"
+        "threading.Thread(target=done.wait).start(); pid = os.fork()\n"
+        "if not pid: os._exit(0)\n"
+        "done.set(); os.waitpid(pid, 0)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    ).stderr
+    (line,) = (line for line in shown.splitlines() if "DeprecationWarning" in line)
+    assert re.sub(r"pid=\d+", "pid=4711", line).endswith(f"DeprecationWarning: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("server", "limit"),
+    [
+        (trio_socketserver.TCPServer, "1"),
+        (trio_socketserver.NurseryMixIn, "max_tasks"),
+        (trio_socketserver.ThreadingMixIn, "max_threads"),
+        (trio_socketserver.ForkingMixIn, "max_children"),
+        (trio_socketserver.PreforkingMixIn, "workers"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_limits_of_dispatchers(server: type, limit: str) -> None:
+    (rows,) = rst_tables("dispatchers.rst", "Where it runs").values()
+    cells = {name.strip("`"): cell for name, *_, cell in rows}
+    cell = cells[server.__name__ if "MixIn" in server.__name__ else "no mix-in"]
+    match limit:
+        case "1":
+            assert cell == limit
+        case "workers":
+            assert cell.startswith("``workers`` \N{MULTIPLICATION SIGN} ")
+        case "max_tasks":
+            datagrams = trio_socketserver.NurseryUDPServer.max_tasks
+            assert server.max_tasks is None  # type: ignore[attr-defined]
+            assert cell == f"``max_tasks``: none; for datagrams {datagrams}"
+        case _:
+            assert cell == f"``{limit}``: {getattr(server, limit)}"
+
+
+def test_dispatchers_are_those_there_are() -> None:
+    """Each mix-in is in each table that should have it."""
+    mix_ins = {name for name in trio_socketserver.__all__ if name.endswith("MixIn")}
+    for section in ("By what the handler does", "Where it runs"):
+        (rows,) = rst_tables("dispatchers.rst", section).values()
+        assert all(all(row) for row in rows)
+        assert mix_ins <= set(re.findall(r"`(\w+MixIn)`", str(rows)))
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        f"before that is {RESTART_DELAY:g} s",
+        f"and doubles up to {LONGEST_RESTART_DELAY:g} s",
+        f"end within {STEADY_AFTER:g} s of their start",
+        f"After {START_ATTEMPTS} of those in a row",
+        f"after twice ``cleanup_timeout`` and {EXIT_TIMEOUT:g} s is",
+        f"under the name ``{MAIN_AGAIN}``",
+        {1: "It takes one request each time it wakes up"}[WORKER_BATCH],
+        f"stay for {WORDS[trio._core._thread_cache.IDLE_TIMEOUT]} seconds after",
+    ],
+)
+def test_numbers_of_processes(phrase: str) -> None:
+    assert phrase in " ".join((ROOT / "docs" / "processes.rst").read_text().split())
+
+
 STDLIB_QUEUE = socketserver.TCPServer.request_queue_size
-WORDS = {1: "one", 5: "five", 10: "ten"}
 
 
 @pytest.mark.parametrize(
@@ -1073,7 +1239,9 @@ ATTRIBUTES = [
 
 
 def literal(cell: str) -> Any:
-    """Evaluate a cell that is one literal."""
+    """Evaluate a cell that is one literal, or "cores"."""
+    if cell == "cores":
+        return len(os.sched_getaffinity(0))
     match = re.fullmatch(r"``(.*)``", cell)
     assert match is not None, cell
     return eval(match[1], {"inf": math.inf, **vars(socket)})

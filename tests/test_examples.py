@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import logging
 import logging.handlers
+import os
 import re
 import shlex
 import shutil
@@ -32,6 +33,7 @@ import trio.testing
 import trustme
 from helpers import (
     connect,
+    is_refused,
     line_of,
     printed_address,
     receive_to_end,
@@ -641,3 +643,106 @@ def test_tls_service(number, tmp_path):
             assert ann.recv(100) == b""
         assert end_of(process) == "2 clients served\n"
     assert certificates[0] != certificates[1]
+
+
+# -- cpu_bound.py --------------------------------------------------------------------------
+
+FOR_HOURS = b"99999999999"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_cpu_bound(number):
+    with (
+        example("cpu_bound.py", "0", "1000") as process,
+        Client(address := printed_address(line_of(process))) as busy,
+    ):
+        busy.say(FOR_HOURS)
+        for question, reply in {
+            b"1000": b"168",
+            b"0": b"0",
+            b"x": b"a number, please",
+        }.items():
+            with Client(address) as client:
+                client.say(question)
+                assert client.hear() == reply
+                assert client.hear() == b""
+        assert [line_of(process) for _ in range(3)] == [f"answer {n}\n" for n in (1, 2, 3)]
+        assert answers("cpu_bound.py", address) == ["b'9592\\n'\n"]
+        assert line_of(process) == "answer 4\n"
+        process.send_signal(number)
+        while not is_refused(address):  # It has taken the first signal.
+            pass
+        process.send_signal(number)
+        assert busy.hear() == b"stopped"
+        *probes, last = end_of(process).splitlines()
+        assert probes == [f"answer {n}" for n in range(5, 5 + len(probes))]
+        assert last == f"{4 + len(probes)} answered, 0 took too long"
+
+
+def test_cpu_bound_stops_what_takes_too_long():
+    with example("cpu_bound.py", "0", "1") as process:
+        with Client(printed_address(line_of(process))) as client:
+            client.say(FOR_HOURS)
+            assert client.hear() == b"stopped"
+            assert client.hear() == b""
+        assert end(process) == "0 answered, 1 took too long\n"
+
+
+# -- preforked_echo.py ---------------------------------------------------------------------
+
+
+def pid_answering(client: Client) -> int:
+    client.say(b"hello")
+    pid, _, line = client.hear().partition(b": ")
+    assert line == b"hello"
+    return int(pid)
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Keep a process from running."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_preforked_echo(number):
+    with (
+        example("preforked_echo.py", "0", "2") as process,
+        Client(address := printed_address(line_of(process))) as first,
+    ):
+        one = pid_answering(first)
+        # While one of them cannot, the other one must.
+        with stopped(one), Client(address) as second:
+            other = pid_answering(second)
+        assert len({one, other, process.pid}) == 3
+        (printed,) = answers("preforked_echo.py", address)
+        assert re.fullmatch(
+            rf"b'({one}|{other}): hello\\n'\n", printed.replace("\\\\", "\\")
+        )
+        with Client(address) as third:
+            assert pid_answering(third) in (one, other)
+            assert pid_answering(first) == one
+            process.send_signal(number)
+            assert first.hear() == third.hear() == b""
+        assert end_of(process) == "4 clients served\n"
+
+
+def test_preforked_echo_replaces_a_worker():
+    with example("preforked_echo.py", "0", "1") as process:
+        address = printed_address(line_of(process))
+        with Client(address) as client:
+            pid = pid_answering(client)
+            os.kill(pid, signal.SIGKILL)
+            assert receive_until_closed(client.sock) == b""
+        with Client(address) as client:
+            assert pid_answering(client) != pid
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+        assert (process.returncode, out) == (0, "2 clients served\n")
+        assert err == (
+            f"worker process {pid} has been ended by SIGKILL; another is started in 0.1 s\n"
+        )

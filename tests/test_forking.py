@@ -568,7 +568,7 @@ async def test_no_descriptor_for_a_child(monkeypatch: pytest.MonkeyPatch) -> Non
             patch.setattr("trio_socketserver._forking.socket.socketpair", fail)
             await ask(server, b"x")
         with monkeypatch.context() as patch:
-            patch.setattr("trio_socketserver._children._nameless_file", fail)
+            patch.setattr("trio_socketserver._children.nameless_file", fail)
             await ask(server, b"x")
         assert (await ask(server, b"x")).endswith(b"X")
     assert [error.errno for error in server.errors] == [errno.EMFILE] * 2
@@ -662,7 +662,7 @@ async def test_what_a_child_says_before_it_is_heard_is_not_lost() -> None:
     heard: list[bytes] = []
 
     class Server:
-        _obey = staticmethod(heard.append)
+        _obey_child = staticmethod(heard.append)
 
     messages = _Messages()
     async with trio.open_nursery() as nursery:

@@ -57,8 +57,9 @@ __all__ = [
 if hasattr(os, "fork"):
     from ._combinations import ForkingTCPServer, ForkingUDPServer
     from ._forking import ForkingMixIn
+    from ._preforking import PreforkingMixIn
 
-    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer"]
+    __all__ += ["ForkingMixIn", "ForkingTCPServer", "ForkingUDPServer", "PreforkingMixIn"]
 
 if hasattr(socket, "AF_UNIX"):
     from ._combinations import (

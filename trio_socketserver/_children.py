@@ -194,7 +194,7 @@ def fork(work: Callable[[], object], kept: Iterable[socket.socket]) -> Child:
         OSError: the system has no room for a process, or a descriptor.
     """
     _flush()  # Or what is buffered would be written by the child too.
-    report = _nameless_file()
+    report = nameless_file()
     # A signal must not meet the parent's handlers in the child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
@@ -209,7 +209,8 @@ def fork(work: Callable[[], object], kept: Iterable[socket.socket]) -> Child:
     return Child(pid, report)
 
 
-def _nameless_file() -> IO[bytes]:
+def nameless_file() -> IO[bytes]:
+    """Return a new file that no path leads to."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("trio_socketserver"), "w+b")
     return tempfile.TemporaryFile()
@@ -329,12 +330,23 @@ class Child:
         status = self._status
         if status is None:
             return f"child process {self.pid} has ended in a way that is not known"
-        if status.si_code == os.CLD_EXITED:
-            return f"child process {self.pid} has exited with status {status.si_status}"
-        with contextlib.suppress(ValueError):  # A real-time signal has no name.
-            name = signal.Signals(status.si_status).name
-            return f"child process {self.pid} has been ended by {name}"
-        return f"child process {self.pid} has been ended by signal {status.si_status}"
+        exited = status.si_code == os.CLD_EXITED
+        return f"child process {self.pid} " + describe_end(
+            status.si_status if exited else -status.si_status
+        )
+
+
+def describe_end(status: int) -> str:
+    """Say how a process has ended.
+
+    Args:
+        status: its exit status; if a signal has ended it, minus that (as in `subprocess`).
+    """
+    if status >= 0:
+        return f"has exited with status {status}"
+    with contextlib.suppress(ValueError):  # A real-time signal has no name.
+        return f"has been ended by {signal.Signals(-status).name}"
+    return f"has been ended by signal {-status}"
 
 
 def _open_pidfd(pid: int) -> int | None:

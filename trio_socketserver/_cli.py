@@ -7,6 +7,7 @@ served; a traceback is for our own faults only.
 from __future__ import annotations
 
 import argparse
+import copyreg
 import functools
 import importlib
 import ipaddress
@@ -25,6 +26,7 @@ from typing import Any, Final, NoReturn
 
 import trio_socketserver
 
+from ._activation import take_listen_fds
 from ._colour import innermost
 from ._handlers import (
     DatagramRequestHandler,
@@ -32,6 +34,7 @@ from ._handlers import (
     StreamRequestHandler,
     handler_kind,
 )
+from ._preforking import pickled
 from ._run import GRACEFUL_TIMEOUT, run
 from ._server import BaseServer, Handler
 
@@ -94,9 +97,17 @@ def _count(text: str) -> int:
     return count
 
 
+def _descriptor(text: str) -> int:
+    descriptor = int(text)
+    if descriptor < 0:
+        raise ValueError
+    return descriptor
+
+
 # argparse puts these names into its messages.
 _seconds.__name__ = "number of seconds"
 _count.__name__ = "count"
+_descriptor.__name__ = "descriptor"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -112,33 +123,42 @@ def make_parser() -> argparse.ArgumentParser:
         "handler",
         metavar="HANDLER",
         nargs="?",
-        help="module:attribute, a handler class or a function (default: an echo)",
+        help="module:attribute, class or function (default: echo)",
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--bind",
         metavar="ADDRESS",
-        default=DEFAULT_BIND,
-        help="host:port, [ipv6]:port or unix:/path (default: %(default)s)",
+        help=f"[host]:port or unix:/path ({DEFAULT_BIND})",
+    )
+    where.add_argument(
+        "--fd",
+        metavar="N",
+        type=_descriptor,
+        help="a listening socket (LISTEN_FDS is honoured too)",
     )
     parser.add_argument("--udp", action="store_true", help="serve datagrams")
     parser.add_argument(
         "--dispatch",
         metavar="HOW",
         choices=list(DISPATCH),
-        help="%(choices)s (default: by the handler)",
+        help="%(choices)s",
+    )
+    parser.add_argument(
+        "--workers", metavar="N", type=_count, help="serve in so many processes"
     )
     parser.add_argument(
         "--max-requests-at-once",
         metavar="N",
         type=_count,
-        help="leave what comes beyond to the kernel's queue",
+        help="in each worker; the kernel queues the rest",
     )
     parser.add_argument(
         "--graceful-timeout",
         metavar="SECONDS",
         type=_seconds,
         default=GRACEFUL_TIMEOUT,
-        help="how long draining may take (default: %(default)g)",
+        help="how long draining may take (%(default)g)",
     )
     parser.add_argument(
         "--request-timeout",
@@ -239,23 +259,90 @@ def _tls_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"ssl_context": make}
 
 
+def inherited_socket(options: argparse.Namespace) -> socket.socket | None:
+    """Return the socket that was given by ``--fd`` or a service manager, if one was.
+
+    Raises:
+        UsageError: it cannot be served.
+    """
+    descriptor = options.fd
+    if descriptor is None and options.bind is None:
+        descriptors = take_listen_fds()
+        if len(descriptors) > 1:
+            raise UsageError(f"LISTEN_FDS is {len(descriptors)}: only one can be served")
+        descriptor = descriptors[0] if descriptors else None
+    if descriptor is None:
+        return None
+    try:
+        sock = socket.socket(fileno=descriptor)
+    except OSError as error:
+        reason = error.strerror
+        raise UsageError(f"cannot serve descriptor {descriptor}: {reason}") from error
+    kind = sock.type
+    served = {socket.SOCK_DGRAM} if options.udp else {socket.SOCK_DGRAM, socket.SOCK_STREAM}
+    listens = kind == socket.SOCK_DGRAM or sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    )
+    if kind not in served or not listens:
+        sock.detach()  # It is not ours.
+        reason = "it does not listen" if kind in served else "it is of another type"
+        raise UsageError(f"cannot serve descriptor {descriptor}: {reason}")
+    sock.set_inheritable(False)
+    return sock
+
+
+class _Made(type):
+    """The type of the classes made here, which pickle as how they were made."""
+
+    made_of: tuple[str, dict[str, Any]]
+
+
+def make_class(name: str, attributes: dict[str, Any]) -> Any:
+    """Make a server class.
+
+    Args:
+        name: that of the public class to derive it from.
+        attributes: what it has instead; with "workers", it is a pre-forking one.
+    """
+    bases: tuple[type, ...] = (getattr(trio_socketserver, name),)
+    if "workers" in attributes:
+        bases = (trio_socketserver.PreforkingMixIn, *bases)
+    made = _Made(name, bases, attributes)
+    made.made_of = name, attributes
+    return made
+
+
+copyreg.pickle(_Made, lambda made: (make_class, made.made_of))
+
+
 def make_server(options: argparse.Namespace) -> BaseServer:
     """Make the server that the command line asks for.
 
     Raises:
         UsageError: it cannot be made.
     """
-    family, address = parse_address(options.bind)
+    inherited = inherited_socket(options)
+    bind = DEFAULT_BIND if options.bind is None else options.bind
+    address: Any = None
+    if inherited is None:
+        family, address = parse_address(bind)
+    else:
+        family = inherited.family
+        options.udp = inherited.type == socket.SOCK_DGRAM
     if family in (socket.AF_INET, socket.AF_INET6):
         kind = "UDP" if options.udp else "TCP"
     else:
         kind = "UnixDatagram" if options.udp else "UnixStream"
-    attributes = {
+    attributes: dict[str, Any] = {
         "address_family": family,
         "graceful_timeout": options.graceful_timeout,
         "request_timeout": options.request_timeout,
     }
     tls = _tls_options(options)
+    if options.workers is not None:
+        if not hasattr(trio_socketserver, "PreforkingMixIn"):
+            raise UsageError("this system has no worker processes")
+        attributes["workers"] = options.workers
     handler: Handler = EchoDatagram if options.udp else EchoStream
     if options.handler is not None:
         handler = load_handler(options.handler)
@@ -265,14 +352,19 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         prefix, limit = DISPATCH[dispatch]
         if limit is not None and options.max_requests_at_once is not None:
             attributes[limit] = options.max_requests_at_once
-        name = f"{prefix}{kind}Server"
-        server_class = type(name, (getattr(trio_socketserver, name),), attributes)
-        server: BaseServer = server_class(address, handler, **tls)
+        server_class = make_class(f"{prefix}{kind}Server", attributes)
+        server: BaseServer
+        if inherited is None:
+            server = server_class(address, handler, **tls)
+        else:
+            server = server_class.from_socket(inherited, handler, **tls)
+        if options.workers is not None:
+            pickled(server)  # Or it would fail when it is about to serve.
     except TypeError as error:
         raise UsageError(str(error)) from error
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"cannot bind {options.bind}: {reason}") from error
+        raise UsageError(f"cannot bind {bind}: {reason}") from error
     return server
 
 

@@ -12,7 +12,7 @@ import socket as socketlib
 import struct
 from typing import Any, Final
 
-from ._server import BaseServer, Handler
+from ._server import BaseServer
 from ._sockets import DatagramSocket
 from ._stream_servers import TCPServer
 
@@ -54,17 +54,14 @@ class UDPServer(TCPServer):
     _default_max_tasks = DATAGRAM_TASKS
     _run_handler = BaseServer._run_handler  # There is no TLS here.
 
-    def __init__(
-        self,
-        server_address: Any,
-        RequestHandlerClass: Handler,
-        bind_and_activate: bool = True,
-    ) -> None:
-        if self.ssl_context is not None:
-            raise TypeError(f"{type(self).__qualname__} has datagrams: there is no TLS")
+    def _set_up(self) -> None:
+        super()._set_up()
         self._sender: DatagramSocket | None = None
         self._dropped_before = 0
-        super().__init__(server_address, RequestHandlerClass, bind_and_activate)
+
+    def _check_context(self) -> None:
+        if self.ssl_context is not None:
+            raise TypeError(f"{type(self).__qualname__} has datagrams: there is no TLS")
 
     def server_activate(self) -> None:
         """Do nothing: datagrams come to a bound socket."""

@@ -66,7 +66,7 @@ class _Messages:
 
     def _obey(self, server: ForkingMixIn) -> None:
         for byte in self._parent_end.recv(4096):
-            server._obey(bytes([byte]))
+            server._obey_child(bytes([byte]))
 
     def end(self) -> None:
         """Hear no more, and close the sockets."""
@@ -99,9 +99,13 @@ class ForkingMixIn(BaseServer):
     """The process ids of the children; None before the first."""
 
     _one_at_a_time = False
-    _messages: _Messages | None = None
-    _in_child: _InChild | None = None
-    _child_ended: trio.Event | None = None
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self.active_children = None
+        self._messages: _Messages | None = None
+        self._in_child: _InChild | None = None
+        self._child_ended: trio.Event | None = None
 
     def _limit(self) -> int | None:
         return self.max_children
@@ -172,7 +176,7 @@ class ForkingMixIn(BaseServer):
             self._child_ended.set()
             self._child_ended = None
 
-    def _obey(self, message: bytes) -> None:
+    def _obey_child(self, message: bytes) -> None:
         assert self._requests is not None
         hook = self.shutdown if message == SHUTDOWN else self.server_close
         self._requests.start_soon(hook, name="asked for by a child")

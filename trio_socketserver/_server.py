@@ -96,17 +96,22 @@ class BaseServer:
 
     _default_max_tasks: int | None = None
     _one_at_a_time = True
+    _batch = BATCH
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_server_class(cls)
 
     def __init__(self, server_address: Any, RequestHandlerClass: Handler) -> None:
+        self._set_up()
         self.server_address = server_address
-        self._judged: Handler | None = None
-        self._handler_kind = HandlerKind.ASYNC_CLASS
         self.RequestHandlerClass = RequestHandlerClass
         self._judge_handler()
+
+    def _set_up(self) -> None:
+        """Make what the server keeps for itself. All else is what it was told to do."""
+        self._judged: Handler | None = None
+        self._handler_kind = HandlerKind.ASYNC_CLASS
         self._counters = Counters()
         self._loop = ServingLoop()
         self._accept_errors = AcceptErrors()
@@ -116,6 +121,8 @@ class BaseServer:
         self._block: AbstractAsyncContextManager[Any] = contextlib.nullcontext()
         self._arriving: Life | None = None
         self._room: trio.Event | None = None
+        self._turn = trio.Lock()
+        self._queued = 0
         self._keeps_listener = False
 
     # -- the handler -----------------------------------------------------------------
@@ -216,7 +223,32 @@ class BaseServer:
             if self._blocking_world is not None:
                 self._blocking_world.close()
         if not self._keeps_listener:
-            self._stop_listening()
+            try:
+                # A cancelled server drains nothing.
+                if trio.current_effective_deadline() > -math.inf:
+                    with trio.move_on_after(self.cleanup_timeout):
+                        await self._take_backlog()
+            finally:
+                self._stop_listening()
+
+    async def _take_backlog(self) -> None:
+        """Accept what the kernel has accepted already; limits delay what follows."""
+        assert self._requests is not None
+        for _ in range(self._backlog()):
+            try:
+                request, client_address = await self.get_request()
+            except OSError:  # BlockingIOError: there is no more. Others: nor will be.
+                return
+            self._counters.accepted += 1
+            self._queued += 1
+            life = Life(request, client_address)
+            self._requests.start_soon(
+                attend, self, self._admit_in_turn, life, name="request"
+            )
+
+    def _backlog(self) -> int:
+        """Return how many requests to take when closing begins."""
+        return 0
 
     def _patience(self) -> float:
         return self.graceful_timeout if self.block_on_close else 0.0
@@ -290,8 +322,8 @@ class BaseServer:
         Cancellation: stops accepting. Inside ``async with server:``, requests go on.
         """
         ticks = self._is_overridden("service_actions")
-        serve = functools.partial(self._serve, max(poll_interval, 0) if ticks else None)
-        await self._run_loop(serve, task_status)
+        interval = max(poll_interval, 0) if ticks else None
+        await self._run_loop(functools.partial(self._serve, interval), task_status)
 
     async def handle_request(self) -> None:
         """Wait for one request and handle it.
@@ -318,7 +350,9 @@ class BaseServer:
         await self._loop.wait_ended()
 
     async def _run_loop(
-        self, body: Callable[[], Awaitable[None]], task_status: trio.TaskStatus[Any]
+        self,
+        body: Callable[[Callable[[], None]], Awaitable[None]],
+        task_status: trio.TaskStatus[Any],
     ) -> None:
         if self._requests is not None and self._requests.closing:
             if not self._loop.fresh:
@@ -334,9 +368,9 @@ class BaseServer:
                     self._accept_errors = AcceptErrors()
                     if not scope.cancel_called:
                         self._prepare_listener()
-                    task_status.started(self.server_address)
+                    started = functools.partial(task_status.started, self.server_address)
                     with scope, requests.surrounding():
-                        await body()
+                        await body(started)
                 finally:
                     # Before the requests are joined: shutdown() does not wait for them.
                     self._loop.end()
@@ -347,7 +381,11 @@ class BaseServer:
     def _prepare_listener(self) -> None:
         """Make the listening socket ready for the loop."""
 
-    async def _serve(self, poll_interval: float | None) -> None:
+    async def _serve(
+        self, poll_interval: float | None, started: Callable[[], None]
+    ) -> None:
+        """Serve until cancelled; call *started* first, once."""
+        started()
         while True:
             if poll_interval is None:
                 await self._wait_for_request()
@@ -362,13 +400,14 @@ class BaseServer:
             await self.service_actions()
 
     async def _accept_batch(self) -> None:
-        for _ in range(BATCH):
+        for _ in range(self._batch):
             if self._is_full() or not await self._accept():
                 return
             if self._loop.state is not LoopState.RUNNING:
                 return  # A hook has called shutdown().
 
-    async def _serve_one(self) -> None:
+    async def _serve_one(self, started: Callable[[], None]) -> None:
+        started()
         timeout = math.inf if self.timeout is None else max(self.timeout, 0)
         deadline = trio.current_time() + timeout
         while True:
@@ -411,7 +450,7 @@ class BaseServer:
 
     def _is_full(self) -> bool:
         limit = self._limit()
-        return limit is not None and self._counters.active >= limit
+        return limit is not None and self._counters.active - self._queued >= limit
 
     async def _wait_for_room(self) -> None:
         while self._is_full():
@@ -453,6 +492,17 @@ class BaseServer:
         finally:
             self._arriving = None
         life.is_settled = True
+
+    async def _admit_in_turn(self, life: Life) -> None:
+        """The first stage of what was accepted beyond the limit, in a task of its own."""
+        assert self._requests is not None
+        self._requests.enter_request()
+        try:
+            async with self._turn:
+                await self._wait_for_room()
+                await self._admit(life)
+        finally:
+            self._queued -= 1
 
     def _handle(self, life: Life) -> Awaitable[None]:
         """The second stage, in the request's own task."""

@@ -7,6 +7,8 @@ requests are active is never counted, only derived, so the sum cannot be wrong.
 from __future__ import annotations
 
 import dataclasses
+import mmap
+from typing import Final
 
 __all__ = ["ServerStatistics"]
 
@@ -73,10 +75,52 @@ class Counters:
         """Requests that have not ended."""
         return self.accepted - self.completed - self.failed - self.rejected - self.cancelled
 
+    def add(self, other: Counters) -> None:
+        """Add what *other* has counted, which another process may be counting still."""
+        # In an order in which "accepted" comes after what it is the sum of.
+        for name in reversed(Counters.__slots__):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def snapshot(self, datagrams_dropped: int) -> ServerStatistics:
         """Return the numbers as they are now."""
         return ServerStatistics(
             active=self.active,
             datagrams_dropped=datagrams_dropped,
-            **{name: getattr(self, name) for name in self.__slots__},
+            **{name: getattr(self, name) for name in Counters.__slots__},
         )
+
+
+class SharedCounters(Counters):
+    """Counters in memory that another process sees too.
+
+    One process counts, the other looks. Counting so takes a tenth of a microsecond more;
+    in return nothing has to be sent, and what a killed process has counted is not lost.
+    """
+
+    __slots__ = ("_figures", "_memory")
+
+    SIZE: Final = 8 * len(Counters.__slots__)
+    """Bytes of memory that it takes."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._figures = memoryview(memory).cast("q")
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._figures.release()
+        self._memory.close()
+
+
+def _figure(index: int) -> property:
+    def get(counters: SharedCounters) -> int:
+        return counters._figures[index]
+
+    def put(counters: SharedCounters, value: int) -> None:
+        counters._figures[index] = value
+
+    return property(get, put)
+
+
+for _index, _name in enumerate(Counters.__slots__):
+    setattr(SharedCounters, _name, _figure(_index))

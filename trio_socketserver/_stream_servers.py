@@ -100,6 +100,13 @@ class TCPServer(BaseServer):
     ssl_handshake_timeout: float = HANDSHAKE_TIMEOUT
     """Seconds that a TLS handshake may take, else `RequestTimeout`."""
 
+    drain_backlog: bool = False
+    """Whether closing first accepts what the kernel has accepted already.
+
+    At most ``request_queue_size`` of them; where a limit is reached, they wait for their
+    turn. Without it the kernel resets these connections, as it does in socketserver.
+    """
+
     socket: socketlib.socket
     server_address: Any
 
@@ -112,7 +119,6 @@ class TCPServer(BaseServer):
         ssl_context: ssl.SSLContext | Callable[..., ssl.SSLContext] | None = None,
     ) -> None:
         super().__init__(server_address, RequestHandlerClass)
-        self._contexts = Contexts()
         if ssl_context is not None:
             self.ssl_context = ssl_context
         self._check_context()
@@ -126,6 +132,10 @@ class TCPServer(BaseServer):
             except BaseException:
                 self._close_listener()
                 raise
+
+    def _set_up(self) -> None:
+        super()._set_up()
+        self._contexts = Contexts()
 
     @classmethod
     def from_socket(
@@ -200,6 +210,12 @@ class TCPServer(BaseServer):
 
     def _close_listener(self) -> None:
         close_socket(self.socket)
+
+    def _backlog(self) -> int:
+        # A server that has not served yet has not made its socket ready for it either.
+        if not self.drain_backlog or self._loop.fresh:
+            return 0
+        return self.request_queue_size
 
     async def get_request(self) -> tuple[Any, Any]:
         """Accept one connection, as the pair of a `StreamSocket` and the peer's address.
@@ -286,14 +302,14 @@ _close_request = TCPServer.close_request
 if hasattr(socketlib, "AF_UNIX"):
     __all__ += ["UnixStreamServer"]
 
-    class UnixSocketFile:
+    class UnixSocketFile(TCPServer):
         """The file of a bound Unix socket, which is removed only by who has made it.
 
         Mixed into the Unix servers. Two starters that find the same stale file at the same
         moment can both bind: there is no lock on a path. Only the later one is reachable.
         """
 
-        address_family: int = socketlib.AF_UNIX
+        address_family = socketlib.AF_UNIX
 
         unlink_socket: bool = True
         """Whether to remove a stale socket file before binding and our own on closing.
@@ -305,14 +321,16 @@ if hasattr(socketlib, "AF_UNIX"):
         socket_mode: int | None = None
         """The file's permissions, for example ``0o660``; None for what the umask gives."""
 
-        socket: socketlib.socket
-        socket_type: int
-        server_address: Any
-        _bound_file: tuple[str | bytes, int, int] | None = None
+        def _set_up(self) -> None:
+            super()._set_up()
+            self._bound_file: tuple[str | bytes, int, int] | None = None
 
         def server_bind(self) -> None:
             """Bind the socket to the path ``server_address``; abstract names work too."""
             path = self.server_address
+            if _is_path(path) and 0 in os.fsencode(path):
+                # The system would take it for the path's end, and bind another one.
+                raise ValueError(f"the path of a socket has a zero byte in it: {path!r}")
             if self.unlink_socket and _is_path(path) and self._is_stale(path):
                 os.unlink(path)
             if self.socket_mode is not None:

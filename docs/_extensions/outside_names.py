@@ -26,6 +26,7 @@ TRIO_PAGES = {
     "trio.testing": "reference-testing",
     "trio.open_signal_receiver": "reference-io",
     "trio.open_tcp_stream": "reference-io",
+    "trio.run_process": "reference-io",
     "trio.serve_tcp": "reference-io",
     "trio.SocketStream": "reference-io",
     "trio.SSLStream": "reference-io",

@@ -1,0 +1,256 @@
+"""`PreforkingMixIn`: a server in several processes.
+
+The server that the program has made serves nothing itself. Its loop keeps a crew of
+workers: fresh interpreters (see `_fresh_interpreter`), each with a copy of the server,
+pickled, and with the one listening socket, from which the kernel gives each request to
+whoever asks first. A worker's process is a task in the server's request nursery, like a
+request elsewhere, so joining, the graceful timeout and cancelling are the shared ones.
+
+* The loop ends when no worker accepts any more; closing has them drain and end.
+* A worker that ends unasked is replaced, after a pause that grows if that happens often.
+  One that ends before it serves is another matter: a few of those in a row end the server.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import pickle
+import socket as socketlib
+import types
+from collections.abc import Callable
+from typing import Any, cast
+
+import trio
+
+from ._crew import Crew
+from ._fresh_interpreter import MainModule, is_running_main_again
+from ._groups import open_ungrouped_nursery
+from ._log import log
+from ._server import BaseServer
+from ._statistics import Counters, ServerStatistics
+from ._worker_link import News, WorkerLink
+
+__all__ = ["PreforkingMixIn"]
+
+
+class _Cores:
+    """The default of ``workers``."""
+
+    def __get__(self, server: object, owner: type) -> int:
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+
+
+def pickled(server: BaseServer) -> bytes:
+    """Return the server as workers get it.
+
+    Raises:
+        TypeError: something of it does not pickle; the message says what, and why.
+    """
+    name = type(server).__qualname__
+    try:
+        data = pickle.dumps(server)
+    except Exception as error:
+        what, reason = _culprit(server, error)
+        raise TypeError(
+            f"{name} cannot be taken to worker processes, because {what} does not pickle: "
+            f"{reason}. Classes and functions have to be at the top level of a module. "
+            "What a worker is to make for itself, take out of what "
+            "super().__getstate__() returns, and make in __setstate__(), after "
+            "super().__setstate__(state)"
+        ) from error
+    if b"__main__" in data and MainModule.of_this_process() is None:
+        raise TypeError(
+            f"{name} cannot be taken to worker processes: some of it is defined in the "
+            "main module, which is no file that could be run again (an interactive "
+            "session, or python -c). Put it into a module"
+        )
+    return data
+
+
+def _culprit(server: BaseServer, error: Exception) -> tuple[str, Exception]:
+    """Find what does not pickle, for a message."""
+    try:
+        pickle.dumps(type(server))
+    except Exception as reason:
+        return "its class", reason
+    try:
+        state = server.__getstate__()
+    except Exception as reason:
+        return "its state", reason
+    for name, value in state.items() if isinstance(state, dict) else ():
+        try:
+            pickle.dumps(value)
+        except Exception as reason:
+            return f"its attribute {name.removeprefix('_')!r}", reason
+    return "it", error
+
+
+def _is_slot(server_class: type, name: str) -> bool:
+    found = inspect.getattr_static(server_class, name, None)
+    return isinstance(found, types.MemberDescriptorType)
+
+
+class PreforkingMixIn(BaseServer):
+    """Serve in several long-lived worker processes.
+
+    There is nothing like it in `socketserver`. Put it in front of everything else:
+    ``class Server(PreforkingMixIn, NurseryMixIn, TCPServer)``. `serve_forever()` starts the
+    workers and waits until all of them serve; the server in the program's own process only
+    looks after them. Each worker is a fresh Python interpreter with a copy of the server:
+    the same class, with the attributes that the server has when the loop begins. All hooks
+    and handlers run there, in the colour and place that the other bases say.
+
+    A copy is made by `pickle`. Its ``__init__`` is not called; what does not pickle, or has
+    to be made anew in each worker, take out of what ``super().__getstate__()`` returns, and
+    make in ``__setstate__()``. The program's main module runs once more in each worker if
+    the server's or the handler's class is defined there; so it needs ``if __name__ ==
+    "__main__":``. What workers log is logged by the program, unless they import a module
+    that configures logging.
+
+    Called in a worker's handler or hook, `shutdown()` and `server_close()` reach the
+    program's server, and return at once. `handle_request()` handles the request in the
+    program itself.
+
+    Raises:
+        TypeError: by `serve_forever()`, before any worker has started: the server, or a
+            part of it, does not pickle.
+        ValueError: by `serve_forever()`: ``workers`` is less than 1.
+        ChildFailed: by `serve_forever()`: several workers in a row have ended before they
+            could serve; the traceback of the last one is the cause.
+
+    Cancellation: workers are cancelled, as the server would be without them, and killed if
+    that takes longer than twice ``cleanup_timeout`` and a second. A worker also ends when
+    the program does, even by SIGKILL.
+    """
+
+    workers: int = cast("int", _Cores())
+    """Processes that serve; the default is the number of cores that this one may use."""
+
+    socket: socketlib.socket
+
+    def _set_up(self) -> None:
+        if is_running_main_again():
+            raise RuntimeError(
+                "a worker process, which runs the program's main module once more, has "
+                "come upon a server being made there: what only the program itself is to "
+                "do belongs under \"if __name__ == '__main__':\""
+            )
+        super()._set_up()
+        self._crews: list[Crew] = []
+        self._link: WorkerLink | None = None
+
+    # -- in a copy -------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what the server was told to do, for a worker's copy of it."""
+        blank = object.__new__(type(self))
+        blank._set_up()
+        own = {"socket", *vars(blank)}
+        found: Any = object.__getstate__(self)
+        everything, slots = found if isinstance(found, tuple) else (found, {})
+        state = everything | slots
+        return {name: value for name, value in state.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a copy."""
+        self._set_up()
+        for name, value in state.items():
+            if _is_slot(type(self), name):
+                object.__setattr__(self, name, value)
+            else:
+                vars(self)[name] = value
+
+    async def shutdown(self) -> None:
+        """Stop `serve_forever()`, and wait until no worker accepts any more.
+
+        As `BaseServer.shutdown`. In a worker it is the program's server that is stopped.
+        """
+        if not await self._has_told(News.SHUTDOWN):
+            await super().shutdown()
+
+    async def server_close(self) -> None:
+        """Stop accepting, have the workers wait for their requests, and wait for them.
+
+        As `BaseServer.server_close`. In a worker it is the program's server that is closed.
+        """
+        if not await self._has_told(News.SERVER_CLOSE):
+            await super().server_close()
+
+    async def _has_told(self, news: News) -> bool:
+        """Pass on to the program's server what a worker's handler or hook calls."""
+        # Others here are the worker itself, and mean the copy.
+        if self._link is None or self._requests is None or not self._requests.is_current():
+            return False
+        self._link.say(news)
+        await trio.lowlevel.checkpoint()
+        return True
+
+    # -- in the program --------------------------------------------------------------
+
+    async def _serve(
+        self, poll_interval: float | None, started: Callable[[], None]
+    ) -> None:
+        if self._link is not None:
+            self._link.say(News.READY)
+            await super()._serve(poll_interval, started)
+            return
+        assert self._requests is not None
+        if self.workers < 1:
+            raise ValueError(f"workers must be 1 or more, not {self.workers}")
+        crew = Crew(self, pickled(self), poll_interval)
+        self._close_crews()  # Of earlier loops; they may have requests still.
+        self._crews = [crew, *filter(Crew.has_workers, self._crews)]
+        try:
+            async with open_ungrouped_nursery() as nursery:
+                nursery.start_soon(crew.raise_failure)
+                try:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    crew.begin(self.workers, self._requests.start_soon)
+                    await crew.wait_ready()
+                except trio.Cancelled:
+                    if not crew.has_failed:  # But shutdown() came first.
+                        started()
+                    raise
+                started()
+        finally:
+            crew.stop()
+            deadline = trio.current_time() + self.cleanup_timeout
+            with trio.CancelScope(deadline=deadline, shield=True) as waiting:
+                await crew.wait_stopped()
+            if waiting.cancelled_caught:
+                log(logging.WARNING, "a worker process is stuck, and may accept once more")
+
+    async def _stop_accepting(self) -> None:
+        try:
+            await super()._stop_accepting()
+        finally:
+            self._close_crews()
+
+    def _close_crews(self) -> None:
+        for crew in self._crews:
+            crew.close()
+
+    def _backlog(self) -> int:
+        # It is the workers', who hear of the closing only now.
+        return 0 if self._crews else super()._backlog()
+
+    def _obey_worker(self, news: News) -> None:
+        """Do what a worker's handler has called."""
+        assert self._requests is not None
+        hook = self.shutdown if news is News.SHUTDOWN else self.server_close
+        self._requests.start_soon(hook, name="asked for by a worker")
+
+    def statistics(self) -> ServerStatistics:
+        """Return what the server has done so far, in all of its workers.
+
+        In a worker: what that one has done.
+        """
+        counters = Counters()
+        counters.add(self._counters)
+        for crew in self._crews:
+            crew.add_to(counters)
+        return counters.snapshot(self._datagrams_dropped())
