@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -471,6 +472,25 @@ async def test_tls_and_the_line_to_try(tmp_path, certificate, where, pages):
     else:
         assert tried.stdout == b"hello\n"
     assert server.statistics().completed == 1
+
+
+@pytest.mark.parametrize("dispatch", ["nursery", "threading", "forking"])
+def test_tls_in_workers(certificate, dispatch):
+    cert, key = certificate
+    handler = "http.server:BaseHTTPRequestHandler" if dispatch != "nursery" else ""
+    tls = (f"--tls-cert={cert}", f"--tls-key={key}")
+    options = ("--workers=2", f"--dispatch={dispatch}", *filter(None, [handler]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with running(*COMMAND, LOCAL, *tls, *options) as process:
+        address = printed_address(line_of(process))
+        for _ in range(4):
+            with context.wrap_socket(connect(address)) as client:
+                client.sendall(b"nonsense\r\n\r\n")
+                assert client.recv(100)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        assert process.returncode == 0
 
 
 def test_what_to_type_for_pages_over_tls(tmp_path, certificate):

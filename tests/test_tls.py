@@ -666,7 +666,7 @@ def test_there_is_no_tls_for_datagrams(server_class: Any) -> None:
     with pytest.raises(TypeError, match="ssl_context"):
         server_class(ADDRESS, AsyncEcho, ssl_context=server_context())
     own_class = type("Own", (server_class,), {"ssl_context": server_context()})
-    with pytest.raises(TypeError, match="Own has datagrams: there is no TLS"):
+    with pytest.raises(TypeError, match="Own serves datagrams: there is no TLS"):
         own_class(ADDRESS, AsyncEcho)
 
 

@@ -61,7 +61,8 @@ class UDPServer(TCPServer):
 
     def _check_context(self) -> None:
         if self.ssl_context is not None:
-            raise TypeError(f"{type(self).__qualname__} has datagrams: there is no TLS")
+            name = type(self).__qualname__
+            raise TypeError(f"{name} serves datagrams: there is no TLS, no ssl_context")
 
     def server_activate(self) -> None:
         """Do nothing: datagrams come to a bound socket."""
