@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import random
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -257,6 +258,61 @@ async def test_after_a_cancelled_send_one_can_still_say_goodbye() -> None:
         assert not after
         assert words.startswith(before)
         assert len(before) % ENCRYPT_SIZE == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+@each_version
+@bounded
+async def test_cancelled_at_any_moment_messages_come_whole_or_not_at_all(
+    version: Any, seed: int
+) -> None:
+    """In both directions at once, where senders and receivers are cancelled by chance."""
+    chance = random.Random(seed)
+
+    async def send(end: TLSSocket, whole: list[int]) -> None:
+        for number in range(150):
+            message = b"%06d" % number * chance.choice([1, 10, 1000]) + b"\n"
+            moment = chance.choice([1, 2, 3, 4, 5, math.inf])
+            with (
+                trio.CancelScope() as scope,
+                Moments(lambda n: scope.cancel() if n >= moment else None),  # noqa: B023
+            ):
+                await end.send_all(message)
+            if not scope.cancelled_caught:
+                whole.append(number)
+        await end.send_eof()
+
+    async def receive(end: TLSSocket, received: bytearray) -> None:
+        while True:
+            moment = chance.choice([1, 2, 3, math.inf])
+            with (
+                trio.CancelScope() as scope,
+                Moments(lambda n: scope.cancel() if n >= moment else None),  # noqa: B023
+            ):
+                data = await end.receive_some(chance.choice([1, 100, 10_000]))
+            if scope.cancelled_caught:
+                await trio.lowlevel.checkpoint()
+                continue
+            if not data:
+                return
+            received += data
+
+    sent: list[list[int]] = [[], []]
+    received = [bytearray(), bytearray()]
+    async with (
+        established(version, small_buffers=True) as ends,
+        trio.open_nursery() as nursery,
+    ):
+        for n, end in enumerate(ends):
+            nursery.start_soon(send, end, sent[n])
+            nursery.start_soon(receive, end, received[n])
+    for n in (0, 1):
+        numbers = []
+        for line in received[1 - n].splitlines():
+            assert line == line[:6] * (len(line) // 6)
+            numbers.append(int(line[:6]))
+        assert numbers == sorted(set(numbers))
+        assert set(sent[n]) <= set(numbers)
 
 
 @bounded
