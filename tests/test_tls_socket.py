@@ -451,6 +451,8 @@ async def test_a_closed_one_is_closed() -> None:
         for call in (server.receive_some(), server.send_all(b"x"), server.do_handshake()):
             with pytest.raises(trio.ClosedResourceError):
                 await call
+        with pytest.raises(trio.ClosedResourceError):
+            server.getpeername()
 
 
 @bounded
@@ -540,6 +542,17 @@ async def test_saying_goodbye_to_nobody() -> None:
         await trio.lowlevel.wait_readable(server.socket)
         assert server.say_goodbye_now()
         await server.aclose()
+
+
+@bounded
+async def test_sending_eof_to_nobody() -> None:
+    async with established() as (server, client):
+        close_with_reset(client.socket)
+        await trio.lowlevel.wait_readable(server.socket)
+        with pytest.raises(ConnectionBroken):
+            await server.receive_some()
+        with pytest.raises(ConnectionBroken):
+            await server.send_eof()
 
 
 @bounded

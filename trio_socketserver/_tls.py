@@ -37,7 +37,7 @@ from trio.lowlevel import (
 
 from ._blocking_tls import describe, secure
 from ._draining import Drain
-from ._exceptions import ConnectionBroken, RequestTimeout
+from ._exceptions import ConnectionBroken, RequestTimeout, connection_broken
 from ._sockets import DONTWAIT, RECEIVE_SIZE, Buffer, StreamSocket
 from ._waking import Waker
 
@@ -160,6 +160,12 @@ class TLSSocket(StreamSocket):
         if self._broken is not None:
             raise ConnectionBroken(errno.EPROTO, self._broken)
 
+    def _failure(self, error: OSError) -> trio.ClosedResourceError | ConnectionBroken:
+        if self._sock.fileno() == -1:
+            return trio.ClosedResourceError("this socket is closed")
+        # Also where the sending side is closed: only TLS's is, until the socket is.
+        return connection_broken(error)
+
     def _break(self, error: ssl.SSLError, doing: str = "TLS") -> ConnectionBroken:
         """Take note of an error of OpenSSL's, and let the peer know."""
         self._broken = describe(error, doing)
@@ -201,7 +207,7 @@ class TLSSocket(StreamSocket):
         """Do the same where it is not known whether the peer is still there."""
         try:
             return self._flush_now()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except trio.BrokenResourceError:
             return True
 
     async def _flush(self) -> None:
