@@ -8,12 +8,13 @@ ends after that is no error.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import trio
@@ -94,9 +95,8 @@ class BlockingWorld:
             release=loan.close,
         )
         try:
-            await job.run(self._workers)
-        except (SystemExit, BaseExceptionGroup) as error:
-            contain_exit(error, client_address)
+            with exits_contained(client_address):
+                await job.run(self._workers)
         finally:
             if job.abandoned:
                 server._note_abandoned()
@@ -131,13 +131,29 @@ def run_blocking(
     )
 
 
-def contain_exit(error: BaseException, client_address: Any) -> None:
-    """Log a `SystemExit` that has ended a handler's thread or process; raise the rest."""
-    exits: BaseException | None = error
-    rest: BaseException | None = None
-    if isinstance(error, BaseExceptionGroup):
-        exits, rest = error.split(SystemExit)
-    if exits is not None:
-        log(logging.WARNING, "%r has ended a request of %r", exits, client_address)
-    if rest is not None:
-        raise rest
+@contextlib.contextmanager
+def exits_contained(client_address: Any) -> Iterator[None]:
+    """Log what ends a handler's thread or process, and no more than that.
+
+    It is `SystemExit`, or what a library derives from `BaseException` for itself, such as
+    `asyncio.CancelledError`; socketserver's threads end with it.
+    """
+    message = "%r has ended a request of %r"
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        exits, rest = group.split(_is_exit)
+        if exits is None:
+            raise
+        log(logging.WARNING, message, exits, client_address)
+        if rest is not None:
+            raise rest from None
+    except BaseException as error:  # noqa: ASYNC103 (an exit is contained)
+        if not _is_exit(error):
+            raise
+        log(logging.WARNING, message, error, client_address)
+
+
+def _is_exit(error: BaseException) -> bool:
+    others = (Exception, KeyboardInterrupt, trio.Cancelled, BaseExceptionGroup)
+    return not isinstance(error, others)

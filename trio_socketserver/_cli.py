@@ -359,7 +359,11 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         else:
             server = server_class.from_socket(inherited, handler, **tls)
         if options.workers is not None:
-            pickled(server)  # Or it would fail when it is about to serve.
+            try:
+                pickled(server)
+            except TypeError:  # Now, and not when it is about to serve.
+                server._close_listener()
+                raise
     except TypeError as error:
         raise UsageError(str(error)) from error
     except OSError as error:

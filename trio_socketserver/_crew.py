@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import logging
 import mmap
+import os
 import pickle
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 import trio
@@ -29,7 +31,14 @@ from ._groups import open_ungrouped_nursery
 from ._inherited import connections
 from ._log import log
 from ._statistics import Counters, SharedCounters
-from ._worker_link import Frames, News, Order, log_for_worker, log_levels
+from ._worker_link import (
+    Frames,
+    News,
+    Order,
+    log_for_worker,
+    log_levels,
+    socket_pair,
+)
 
 WORKER_MODULE: Final = "trio_socketserver._worker_process"
 
@@ -49,18 +58,22 @@ LONGEST_RESTART_DELAY: Final = 10.0
 STEADY_AFTER: Final = 10.0
 """Seconds that a worker must have lived for its end not to count as "again"."""
 
-RECEIVE_SIZE: Final = 65536
-"""Bytes of a worker's messages that are taken at a time."""
+RECEIVE_SIZE: Final = 262_144
+"""Bytes of a worker's messages that are taken at a time; no packet is longer."""
 
 
-class Host(Protocol):
+class HasFileno(Protocol):
+    """Something with a descriptor."""
+
+    def fileno(self) -> int:
+        """Return it."""
+
+
+class Host(HasFileno, Protocol):
     """What the crew needs of its server."""
 
     cleanup_timeout: float
     _counters: Counters
-
-    def fileno(self) -> int:
-        """Return the listening socket's descriptor."""
 
     def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""
@@ -208,6 +221,19 @@ class Crew:
             self._failed.set()
 
 
+@contextlib.contextmanager
+def _passed(file: HasFileno) -> Iterator[int]:
+    """Have a duplicate for a worker, with a number that is free there.
+
+    Where this process has no stdin, say, the number of anything else may be 0.
+    """
+    descriptor = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 class _Worker:
     """A worker process.
 
@@ -244,13 +270,16 @@ class _Worker:
             OSError: it cannot be started.
         """
         with contextlib.ExitStack() as stack:
-            self._sock, self._theirs = map(stack.enter_context, socket.socketpair())
+            self._sock, self._theirs = map(stack.enter_context, socket_pair())
             self._sock.setblocking(False)
             connections.add(self)
             figures = stack.enter_context(nameless_file())
             figures.truncate(SharedCounters.SIZE)
             self.counters = SharedCounters(mmap.mmap(figures.fileno(), 0))
-            passed = (self._server.fileno(), self._theirs.fileno(), figures.fileno())
+            passed = [
+                stack.enter_context(_passed(descriptor))
+                for descriptor in (self._server, self._theirs, figures)
+            ]
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(self._hear)
                 try:

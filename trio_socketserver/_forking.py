@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import trio
 
-from ._blocking import contain_exit, run_blocking
+from ._blocking import exits_contained, run_blocking
 from ._blocking_sockets import lend
 from ._children import call_in_child, fork, run_apart
 from ._handlers import HandlerKind, run_handler
@@ -149,9 +149,8 @@ class ForkingMixIn(BaseServer):
         assert self.active_children is not None
         self.active_children.add(child.pid)
         try:
-            await child.run(self.cleanup_timeout)
-        except (SystemExit, BaseExceptionGroup) as error:
-            contain_exit(error, client_address)
+            with exits_contained(client_address):
+                await child.run(self.cleanup_timeout)
         finally:
             self._lose_child(child.pid)
 

@@ -26,6 +26,8 @@ from typing import Any, Final
 MAIN_AGAIN: Final = "__mp_main__"
 
 _START: Final = (
+    # Ctrl-C goes to the whole foreground, and is for the program to hear.
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "import sys; from importlib import import_module; "
     "cut = sys.argv.index('--'); sys.path[:] = sys.argv[cut + 1 :]; del sys.argv[cut:]; "
     "import_module(sys.argv.pop(1)).main()"

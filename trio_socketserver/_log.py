@@ -41,4 +41,8 @@ def _descriptions(error: BaseException) -> Iterator[str]:
         for leaf in error.exceptions:
             yield from _descriptions(leaf)
     else:
-        yield f"{type(error).__name__}: {error}"
+        try:
+            text = str(error)
+        except Exception:  # A class of the user's.
+            text = "<it cannot be shown>"
+        yield f"{type(error).__name__}: {text}"

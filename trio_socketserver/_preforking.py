@@ -20,6 +20,7 @@ import pickle
 import socket as socketlib
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
 import trio
@@ -33,6 +34,13 @@ from ._statistics import Counters, ServerStatistics
 from ._worker_link import News, WorkerLink
 
 __all__ = ["PreforkingMixIn"]
+
+
+means_copy: ContextVar[bool] = ContextVar("trio_socketserver_means_copy", default=False)
+"""Whether the caller is a worker itself, which shuts down and closes its own copy.
+
+All others in a worker mean the program's server: handlers, hooks, and threads they start.
+"""
 
 
 class _Cores:
@@ -182,8 +190,8 @@ class PreforkingMixIn(BaseServer):
 
     async def _has_told(self, news: News) -> bool:
         """Pass on to the program's server what a worker's handler or hook calls."""
-        # Others here are the worker itself, and mean the copy.
-        if self._link is None or self._requests is None or not self._requests.is_current():
+        in_request = self._requests is not None and self._requests.is_current()
+        if self._link is None or (means_copy.get() and not in_request):
             return False
         self._link.say(news)
         await trio.lowlevel.checkpoint()

@@ -135,6 +135,10 @@ class RequestNursery:
         """Tell whether the caller is a part of one of these requests."""
         return self in _surrounding.get()
 
+    def is_cancelled(self) -> bool:
+        """Tell whether the requests have been cancelled, all at once."""
+        return self._inner is not None and self._inner.cancel_scope.cancel_called
+
     def ask_to_close(self) -> None:
         """Start closing; later calls do nothing."""
         self._close_asked.set()

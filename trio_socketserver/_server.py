@@ -282,7 +282,7 @@ class BaseServer:
             return
         self._keeps_listener = False
         requests.ask_to_close()
-        if not self._loop.active:
+        if not self._loop.active and not self._backlog():
             self._stop_listening()
         if requests.is_current():
             await trio.lowlevel.cancel_shielded_checkpoint()
@@ -400,7 +400,10 @@ class BaseServer:
             await self.service_actions()
 
     async def _accept_batch(self) -> None:
+        assert self._requests is not None
         for _ in range(self._batch):
+            if self._requests.is_cancelled():
+                return  # Another process may serve what comes now.
             if self._is_full() or not await self._accept():
                 return
             if self._loop.state is not LoopState.RUNNING:

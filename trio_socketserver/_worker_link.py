@@ -2,8 +2,9 @@
 
 Over a socket pair for each worker. The server says single bytes, so saying never waits.
 The worker says frames: a byte, a length, and that much of text or of a pickle. It says so
-from any thread, and waits where the server does not listen, as for a log file. What the
-workers have counted is not said at all: it is in memory that both see (`SharedCounters`).
+from any thread, and from children that it forks, so each is one packet, and of limited
+length; and it waits where the server does not listen, as for a log file. What the workers
+have counted is not said at all: it is in memory that both see (`SharedCounters`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import contextlib
 import enum
 import logging
 import logging.handlers
+import os
 import pickle
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -51,6 +54,21 @@ class News(enum.Enum):
 
 HEADER = struct.Struct("=cI")
 
+LINK_TYPE = socket.SOCK_STREAM if sys.platform == "darwin" else socket.SOCK_SEQPACKET
+"""Packets, where there are any; else what children log may get mixed up."""
+
+TEXT_LIMIT = 20_000
+"""Characters of a message; the end of a longer one is what arrives.
+
+Linux takes packets of 200 KB; a record has its message in it twice, and a character may be
+4 bytes.
+"""
+
+
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a link."""
+    return socket.socketpair(type=LINK_TYPE)
+
 
 class Frames:
     """The frames in a stream of bytes, whatever pieces it comes in."""
@@ -76,11 +94,16 @@ class WorkerLink:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._renew_lock()
+        # A forked child of the worker's logs by this link too.
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
         self._saying = threading.Lock()
 
-    def held(self) -> list[socket.socket]:
-        """Return the socket, which a child of the worker's is not to keep."""
-        return [self._sock]
+    def detach(self) -> None:
+        """Leave the socket open, without an owner."""
+        self._sock.detach()
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
@@ -107,8 +130,14 @@ class WorkerLink:
                 obey(Order(bytes([order])))
 
 
-PLAIN = frozenset({str, bytes, int, bool, float, type(None)})
-"""What can be pickled, and is the same in the server. All else is logged as its `repr`."""
+PLAIN = frozenset({int, bool, float, type(None)})
+"""What pickles, and is the same in the server. All else is logged as text."""
+
+
+def _plain(value: object) -> object:
+    if type(value) in PLAIN:
+        return value
+    return (value if type(value) is str else repr(value))[-TEXT_LIMIT:]
 
 
 class LogToServer(logging.handlers.QueueHandler):
@@ -120,10 +149,7 @@ class LogToServer(logging.handlers.QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Send a record, of which the base class has made a text already."""
-        values = {
-            name: value if type(value) in PLAIN else repr(value)
-            for name, value in vars(record).items()
-        }
+        values = {name: _plain(value) for name, value in vars(record).items()}
         self._link.say(News.LOG, pickle.dumps(values))
 
 

@@ -26,11 +26,11 @@ import trio
 
 from ._crew import Preparation, patience_of
 from ._groups import open_ungrouped_nursery
-from ._inherited import connections, servers
-from ._preforking import PreforkingMixIn
+from ._inherited import servers
+from ._preforking import PreforkingMixIn, means_copy
 from ._sockets import ListeningSocket
 from ._statistics import SharedCounters
-from ._worker_link import News, Order, WorkerLink, log_to_server
+from ._worker_link import TEXT_LIMIT, News, Order, WorkerLink, log_to_server
 
 WORKER_BATCH = 1
 """Requests taken per wake-up: a burst is for all workers, not for the first that wakes.
@@ -42,12 +42,9 @@ nginx does the same (multi_accept off).
 def main() -> None:
     """Be a worker; its descriptors are in ``sys.argv``."""
     listener, link_end, figures = map(int, sys.argv[1:4])
-    # Ctrl-C goes to the whole foreground; what it means for a worker, the server decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for descriptor in (listener, link_end, figures):
         os.set_inheritable(descriptor, False)
     link = WorkerLink(socket.socket(fileno=link_end))
-    connections.add(link)
     watch = ParentWatch(link)
     try:
         preparation: Preparation = pickle.load(sys.stdin.buffer)
@@ -61,8 +58,12 @@ def main() -> None:
         watch.patience = patience_of(server)
         trio.run(_Worker(server, link, preparation.poll_interval).run)
     except BaseException:  # noqa: ASYNC103 (nobody is left to raise it to)
-        link.say(News.FAILED, traceback.format_exc().encode(errors="backslashreplace"))
+        text = traceback.format_exc()[-TEXT_LIMIT:]
+        link.say(News.FAILED, text.encode(errors="backslashreplace"))
         sys.exit(1)
+    finally:
+        # Left open, because the watch looks at it until the process has ended.
+        link.detach()
 
 
 def _server_of(preparation: Preparation, link: WorkerLink) -> Any:
@@ -110,6 +111,7 @@ class _Worker:
 
     async def run(self) -> None:
         """Serve, until told to end."""
+        means_copy.set(True)
         with trio.open_signal_receiver(signal.SIGTERM) as signals:
             async with open_ungrouped_nursery() as self._nursery:
                 self._nursery.start_soon(self._link.obey, self._obey)
