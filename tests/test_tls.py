@@ -31,6 +31,7 @@ from helpers import (
     receive_until_closed,
 )
 from tls_world import (
+    AT_A_LINE,
     AUTHORITY,
     HOST,
     PLACES,
@@ -707,11 +708,11 @@ async def test_the_openssl_program(place: Any, tmp_path: Path) -> None:
         host, port = server.server_address
         return subprocess.run(
             [
-                *("openssl", "s_client", "-connect", f"{host}:{port}"),
+                *(*AT_A_LINE, "openssl", "s_client", "-connect", f"{host}:{port}"),
                 *("-CAfile", str(authority), "-verify_return_error"),
                 *("-servername", "two.example", "-quiet"),
             ],
-            input="hello\nbye\n",
+            input="\nhello\nbye\n",
             capture_output=True,
             text=True,
             timeout=REAL_LIMIT,
@@ -732,7 +733,7 @@ class Program:
     def __init__(self, server: Any, *options: str) -> None:
         host, port = server.server_address
         self.process = subprocess.Popen(
-            ["openssl", "s_client", "-connect", f"{host}:{port}", *options],
+            [*AT_A_LINE, "openssl", "s_client", "-connect", f"{host}:{port}", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -742,6 +743,7 @@ class Program:
 
     def __enter__(self) -> Program:
         self.watchdog.start()
+        self.say("")
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -39,6 +39,7 @@ from helpers import (
     receive_until_closed,
 )
 from tls_world import (
+    AT_A_LINE,
     AUTHORITY,
     HOST,
     ask,
@@ -582,8 +583,9 @@ async def test_curl(server_class: Any, tmp_path: Path, monkeypatch: Any) -> None
     def client() -> bytes:
         host, port = server.server_address
         url = f"https://{host}:{port}/file"
-        command = ["curl", "-sS", "--max-time", "20", "--cacert", str(authority), url, url]
-        return subprocess.run(command, capture_output=True, check=True).stdout
+        options = ("-sS", "--max-time", "20", "--cacert", str(authority))
+        command = [*AT_A_LINE, "curl", *options, url, url]
+        return subprocess.run(command, input=b"\n", capture_output=True, check=True).stdout
 
     server = make(server_class, Page)
     async with serving(server):

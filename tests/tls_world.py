@@ -167,6 +167,16 @@ each_async_server = pytest.mark.parametrize(
 )
 
 
+# -- programs ------------------------------------------------------------------------------
+
+AT_A_LINE = ("sh", "-c", 'read _ && exec "$@"', "sh")
+"""In front of a command: it begins when it is given a line.
+
+That is when `subprocess` has started it. A child that is forked for it before would have
+a copy of the pipe that `subprocess` waits for, and both would wait for ever.
+"""
+
+
 # -- two ends of one connection ------------------------------------------------------------
 
 
