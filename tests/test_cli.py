@@ -14,8 +14,10 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from typing import Any
 
 import pytest
 import trio
+import trustme
 from helpers import (
     REAL_LIMIT,
     close_with_reset,
@@ -421,6 +424,104 @@ def test_a_path_that_stdout_cannot_encode_is_escaped(command, capsys, tmp_path):
     bind = f"--bind=unix:{tmp_path}/{SURROGATE}"
     assert command(bind, f"{__name__}:Last") == [b"hello\n"]
     assert "not \\udcff utf-8\n" in capsys.readouterr().out
+
+
+# -- TLS -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    """The names of a file with a certificate chain, and of one with its key."""
+    issued = trustme.CA().issue_cert("localhost")
+    names = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    for n, blob in enumerate(issued.cert_chain_pems):
+        blob.write_to_path(names[0], append=bool(n))
+    issued.private_key_pem.write_to_path(names[1])
+    return names
+
+
+class OneLine(StreamRequestHandler):
+    """Send one line back."""
+
+    async def handle(self):
+        await self.wfile.write(await self.rfile.readline())
+
+
+@pytest.mark.parametrize(
+    ("where", "pages"), [("tcp", False), ("unix", False), ("tcp", True)]
+)
+async def test_tls_and_the_line_to_try(tmp_path, certificate, where, pages):
+    for program in ("openssl", "curl"):
+        if not shutil.which(program):
+            pytest.skip(f"no {program}")
+    bind = LOCAL if where == "tcp" else f"--bind=unix:{tmp_path}/a socket"
+    cert, key = certificate
+    handler = "http.server:SimpleHTTPRequestHandler" if pages else f"{__name__}:OneLine"
+    arguments = [bind, f"--tls-cert={cert}", f"--tls-key={key}", handler]
+    server: Any = _cli.make_server(_cli.make_parser().parse_args(arguments))
+    with trio.fail_after(20):
+        async with server, trio.open_nursery() as nursery:
+            await nursery.start(server.serve_forever)
+            line = _cli.try_it(server)
+            tried = await trio.run_process(
+                line, shell=True, capture_stdout=True, capture_stderr=True, stdin=b"hello\n"
+            )
+            await server.shutdown()
+    assert line.startswith("curl -k " if pages else "openssl s_client ")
+    if pages:
+        assert b"<html" in tried.stdout
+    else:
+        assert tried.stdout == b"hello\n"
+    assert server.statistics().completed == 1
+
+
+@pytest.mark.parametrize("dispatch", ["nursery", "threading", "forking"])
+def test_tls_in_workers(certificate, dispatch):
+    cert, key = certificate
+    handler = "http.server:BaseHTTPRequestHandler" if dispatch != "nursery" else ""
+    tls = (f"--tls-cert={cert}", f"--tls-key={key}")
+    options = ("--workers=2", f"--dispatch={dispatch}", *filter(None, [handler]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with running(*COMMAND, LOCAL, *tls, *options) as process:
+        address = printed_address(line_of(process))
+        for _ in range(4):
+            with context.wrap_socket(connect(address)) as client:
+                client.sendall(b"nonsense\r\n\r\n")
+                assert client.recv(100)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        assert process.returncode == 0
+
+
+def test_what_to_type_for_pages_over_tls(tmp_path, certificate):
+    cert, key = certificate
+    pages = "http.server:SimpleHTTPRequestHandler"
+    with _server(
+        f"--bind=unix:{tmp_path}/s", f"--tls-cert={cert}", f"--tls-key={key}", pages
+    ) as server:
+        expected = f"curl -k --unix-socket {tmp_path}/s https://localhost/"
+        assert _cli.try_it(server) == expected
+
+
+def test_a_certificate_and_its_key_may_be_one_file(certificate):
+    cert, key = certificate
+    with open(cert, "a") as both:
+        both.write(Path(key).read_text())
+    with _server(LOCAL, f"--tls-cert={cert}") as server:
+        assert server.ssl_context
+
+
+def test_bad_tls_options(capsys, certificate):
+    cert, key = certificate
+    assert complaint(capsys, f"--tls-key={key}") == "--tls-key needs --tls-cert"
+    line = complaint(capsys, "--udp", f"--tls-cert={cert}")
+    assert line == "there is no TLS for datagrams: --tls-cert or --udp"
+    line = complaint(capsys, LOCAL, f"--tls-cert={cert}.none")
+    assert line.startswith(f"cannot load a certificate from {cert}.none: No such file")
+    line = complaint(capsys, LOCAL, f"--tls-cert={key}", f"--tls-key={cert}")
+    assert line.startswith(f"cannot load a certificate from {key} and {cert}: [SSL")
+    assert complaint(capsys, LOCAL, f"--tls-cert={cert}").startswith("cannot load")
 
 
 # -- the default, and the help -------------------------------------------------------------

@@ -16,6 +16,7 @@ import shlex
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import coverage.cmdline
 import pytest
 import trio
 import trio.testing
+import trustme
 from helpers import connect, is_refused, receive
 
 import trio_socketserver
@@ -55,6 +57,7 @@ from trio_socketserver._run import GRACEFUL_TIMEOUT
 from trio_socketserver._server import BATCH
 from trio_socketserver._sockets import RECEIVE_SIZE
 from trio_socketserver._stdlib_servers import DAEMON_GRACE, SHUTDOWN_TIMEOUT
+from trio_socketserver._tls import HANDSHAKE_TIMEOUT
 from trio_socketserver._worker_process import WORKER_BATCH
 from trio_socketserver._workers import IDLE_SECONDS
 
@@ -941,6 +944,89 @@ def pages(block: Block, folder: Path) -> None:
         assert program.end() == (0, "shut down\n", "")
 
 
+# -- TLS -----------------------------------------------------------------------------------
+
+AUTHORITY = trustme.CA()
+
+
+def write_certificates(folder: Path) -> None:
+    """Write the files that the programs about TLS read."""
+    issued = AUTHORITY.issue_cert("127.0.0.1", "example.org")
+    (folder / "cert.pem").write_bytes(issued.cert_chain_pems[0].bytes())
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    AUTHORITY.cert_pem.write_to_path(folder / "ca.pem")
+
+
+def shake_hands(
+    address: tuple[str, int], identity: str | None = None, name: str = "127.0.0.1"
+) -> ssl.SSLSocket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    AUTHORITY.configure_trust(context)
+    if identity is not None:
+        AUTHORITY.issue_cert(identity).configure_cert(context)
+    return context.wrap_socket(
+        connect(address), server_hostname=name, suppress_ragged_eofs=False
+    )
+
+
+@scenario("tls.rst: echo_tls.py")
+def echo_tls(block: Block, folder: Path) -> None:
+    write_certificates(folder)
+    with Program.of(block, folder) as program:
+        with shake_hands(program.address()) as client:
+            client.sendall(b"hello\n")
+            assert client.recv(99) == b"hello\n"
+            program.interrupt()
+            assert client.recv(99) == b""
+        assert program.end() == (0, "", "")
+    (folder / "key.pem").unlink()
+    with Program.of(block, folder) as program:
+        code, stdout, stderr = program.end()
+        assert (code, stdout) == (1, "")
+        assert "FileNotFoundError" in stderr
+
+
+@scenario("tls.rst: who.py")
+def who(block: Block, folder: Path) -> None:
+    write_certificates(folder)
+    with Program.of(block, folder) as program:
+        address = program.address()
+        with shake_hands(address, "ann@example.org", "example.org") as client:
+            assert client.recv(99) == b"ann@example.org asks example.org\n"
+        with shake_hands(address, "bob@example.org") as client:
+            assert client.recv(99) == b"bob@example.org asks None\n"
+        with shake_hands(address) as nobody, pytest.raises(ssl.SSLError):
+            nobody.recv(99)
+        program.end_quietly()
+
+
+@scenario("tls.rst: reload.py")
+def reload(block: Block, folder: Path) -> None:
+    write_certificates(folder)
+    certificates = []
+    with Program.of(block, folder) as program:
+        address = program.address()
+        for _ in range(2):
+            with shake_hands(address) as client:
+                assert client.recv(99) == b"hello\n"
+                certificates.append(client.getpeercert(binary_form=True))
+            write_certificates(folder)
+            program.process.send_signal(signal.SIGHUP)
+            assert program.line() == "reloaded"
+    assert certificates[0] != certificates[1]
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        f"``ssl_handshake_timeout``, {HANDSHAKE_TIMEOUT:g} seconds",
+        f"an asynchronous handshake {({1: 'one second'})[FIRST_LINE_GRACE]}",
+    ],
+)
+def test_numbers_of_tls(phrase: str) -> None:
+    assert phrase in " ".join((ROOT / "docs" / "tls.rst").read_text().split())
+
+
 # -- dispatchers and processes -------------------------------------------------------------
 
 
@@ -1217,6 +1303,10 @@ def test_names_of_the_readme() -> None:
     )
 
 
+UNNAMED = {"StreamReader", "StreamWriter", "TLSSocket"}
+"""What users meet without a public name."""
+
+
 def test_reference_covers_every_public_name() -> None:
     text = (ROOT / "docs" / "reference.rst").read_text()
     directives = re.compile(
@@ -1224,7 +1314,7 @@ def test_reference_covers_every_public_name() -> None:
     )
     described = directives.findall(text)
     assert len(described) == len(set(described))
-    assert set(described) == {*trio_socketserver.__all__, "StreamReader", "StreamWriter"}
+    assert set(described) == {*trio_socketserver.__all__, *UNNAMED}
 
 
 def test_reference_covers_the_command() -> None:

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+import trustme
 from helpers import (
     connect,
     is_refused,
@@ -592,6 +594,55 @@ async def test_whole_server_reports(autojump_clock, capsys):
     with trio.move_on_after(25):
         await whole_server.report(SimpleNamespace(counted=7))
     assert capsys.readouterr().out == "7 requests so far\n" * 2
+
+
+# -- tls_service.py ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_tls_service(number, tmp_path):
+    authority = trustme.CA()
+    files = cert, key, client_ca = [str(tmp_path / name) for name in ("cert", "key", "ca")]
+
+    def renew() -> None:
+        issued = authority.issue_cert("127.0.0.1")
+        issued.cert_chain_pems[0].write_to_path(cert)
+        issued.private_key_pem.write_to_path(key)
+
+    def shake_hands(address: Any, identity: str | None) -> ssl.SSLSocket:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        authority.configure_trust(context)
+        if identity:
+            authority.issue_cert(identity).configure_cert(context)
+        return context.wrap_socket(connect(address), server_hostname="127.0.0.1")
+
+    renew()
+    authority.cert_pem.write_to_path(client_ca)
+    with example("tls_service.py", *files, "0") as process:
+        address = printed_address(line_of(process))
+        with shake_hands(address, "ann@example.org") as ann:
+            ann.sendall(b"hello\n")
+            assert ann.recv(100) == b"ann@example.org says hello\n"
+            certificates = [ann.getpeercert(binary_form=True)]
+            renew()
+            process.send_signal(signal.SIGHUP)
+            assert line_of(process) == "certificate loaded\n"
+            with shake_hands(address, "bob@example.org") as bob:
+                bob.sendall(b"hi\n")
+                assert bob.recv(100) == b"bob@example.org says hi\n"
+                certificates.append(bob.getpeercert(binary_form=True))
+            Path(cert).write_text("nonsense")
+            process.send_signal(signal.SIGHUP)
+            assert line_of(process).startswith("certificate not loaded: [SSL")
+            with shake_hands(address, None) as nobody, pytest.raises(ssl.SSLError):
+                nobody.recv(100)
+            assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in line_of(process)
+            ann.sendall(b"still here\n")
+            assert ann.recv(100) == b"ann@example.org says still here\n"
+            process.send_signal(number)
+            assert ann.recv(100) == b""
+        assert end_of(process) == "2 clients served\n"
+    assert certificates[0] != certificates[1]
 
 
 # -- cpu_bound.py --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import trio
 
-from ._blocking_sockets import lend
+from ._blocking_sockets import Loan, lend
 from ._handlers import BaseRequestHandler
 from ._log import log
 from ._server_view import view_of
@@ -88,9 +88,7 @@ class BlockingWorld:
         name = f"{type(server).__name__} request {next(_numbers)}"
         loan = lend(request, self._call)
         job = Job(
-            functools.partial(
-                run_blocking, handler, loan.request, client_address, self._view
-            ),
+            functools.partial(run_blocking, handler, loan, client_address, self._view),
             name=name,
             wake=loan.wake,
             daemon=daemon,
@@ -110,14 +108,20 @@ class BlockingWorld:
 
 
 def run_blocking(
-    handler: Callable[..., object], request: Any, client_address: Any, server: Any
+    handler: Callable[..., object], loan: Loan, client_address: Any, server: Any
 ) -> None:
     """Run a blocking handler, where it may block.
 
     Raises:
         TypeError: it has returned something to await.
+        ConnectionBroken: the peer would not shake hands.
+        RequestTimeout: the peer took too long for that.
     """
-    result = handler(request, client_address, server)
+    loan.begin()
+    try:
+        result = handler(loan.request, client_address, server)
+    finally:
+        loan.finish()
     if not (_is_awaitable(result) or isinstance(result, BaseRequestHandler)):
         return
     if inspect.iscoroutine(result):

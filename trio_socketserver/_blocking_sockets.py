@@ -22,7 +22,9 @@ from typing import Any, Final
 
 import trio
 
+from ._blocking_tls import shake_hands
 from ._sockets import DONTWAIT, DatagramSocket, StreamSocket
+from ._tls import TLSSocket
 from ._workers import CallTrio
 
 WAITING: Final = {
@@ -166,6 +168,12 @@ class Loan:
     def __init__(self, request: Any) -> None:
         self.request = request
 
+    def begin(self) -> None:
+        """Do what comes before the handler, in its thread, and may block."""
+
+    def finish(self) -> None:
+        """Do what comes after the handler, in its thread, and may block."""
+
     def wake(self) -> None:
         """Make a thread return that waits for the peer."""
 
@@ -200,6 +208,17 @@ class _StreamLoan(Loan):
     def close(self) -> None:
         self._waker.release()
         self.request.close()
+
+
+class _TLSLoan(_StreamLoan):
+    __slots__ = ()
+    _stream: TLSSocket
+
+    def begin(self) -> None:
+        shake_hands(self.request, self._stream.handshake_timeout)
+
+    def finish(self) -> None:
+        self.request.say_goodbye(self._stream.closing_timeout)
 
 
 class _DatagramLoan(Loan):
@@ -240,21 +259,22 @@ def lend(request: Any, call: CallTrio) -> Loan:
     """
     match request:
         case StreamSocket():
-            return _StreamLoan(request)
+            kind = _TLSLoan if isinstance(request, TLSSocket) else _StreamLoan
+            return kind(request)
         case (data, DatagramSocket() as sender):
             return _DatagramLoan(data, sender, call)
         case _:
             return Loan(request)
 
 
-def give(request: Any, call: CallTrio) -> Any:
+def give(request: Any, call: CallTrio) -> Loan:
     """Give a request to a blocking handler for good, in the form it knows.
 
     For a handler in a process of its own, which nobody has to wake: making a connection one
     that can be woken would be a twentieth of a request.
     """
-    if isinstance(request, StreamSocket):
-        [sock] = request.held()
-        _make_blocking(sock, request.gettimeout())
-        return sock
-    return lend(request, call).request
+    if not isinstance(request, StreamSocket) or isinstance(request, TLSSocket):
+        return lend(request, call)
+    [sock] = request.held()
+    _make_blocking(sock, request.gettimeout())
+    return Loan(sock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copyreg
+import functools
 import importlib
 import ipaddress
 import logging
@@ -17,6 +18,7 @@ import re
 import shlex
 import shutil
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -164,6 +166,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=_seconds,
         help="how long one request may take",
     )
+    parser.add_argument(
+        "--tls-cert", metavar="FILE", help="speak TLS, with this certificate chain"
+    )
+    parser.add_argument(
+        "--tls-key", metavar="FILE", help="its key, if it is not in the same file"
+    )
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument(
         "-v", "--verbose", action="store_true", help="show peers' errors too"
@@ -220,6 +228,35 @@ def load_handler(name: str) -> Handler:
             f"cannot load {name!r}: {type(error).__name__}: {error}"
         ) from error
     return handler
+
+
+def make_context(certificate: str, key: str | None) -> ssl.SSLContext:
+    """Make the context of a server that speaks TLS.
+
+    Raises:
+        UsageError: the files do not hold what they should.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:
+        files = certificate if key is None else f"{certificate} and {key}"
+        reason = error.strerror or error
+        raise UsageError(f"cannot load a certificate from {files}: {reason}") from error
+    return context
+
+
+def _tls_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the server's constructor takes, if it is to speak TLS."""
+    if options.tls_cert is None:
+        if options.tls_key is not None:
+            raise UsageError("--tls-key needs --tls-cert")
+        return {}
+    if options.udp:
+        raise UsageError("there is no TLS for datagrams: --tls-cert or --udp")
+    # Importable, for servers whose workers are processes.
+    make = functools.partial(make_context, options.tls_cert, options.tls_key)
+    return {"ssl_context": make}
 
 
 def inherited_socket(options: argparse.Namespace) -> socket.socket | None:
@@ -314,6 +351,7 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         "graceful_timeout": options.graceful_timeout,
         "request_timeout": options.request_timeout,
     }
+    tls = _tls_options(options)
     if options.workers is not None:
         if not hasattr(trio_socketserver, "PreforkingMixIn"):
             raise UsageError("this system has no worker processes")
@@ -330,9 +368,9 @@ def make_server(options: argparse.Namespace) -> BaseServer:
         server_class = make_class(f"{prefix}{kind}Server", attributes)
         server: BaseServer
         if inherited is None:
-            server = server_class(address, handler)
+            server = server_class(address, handler, **tls)
         else:
-            server = server_class.from_socket(inherited, handler)
+            server = server_class.from_socket(inherited, handler, **tls)
         if options.workers is not None:
             try:
                 pickled(server)
@@ -372,12 +410,20 @@ def _speaks_http(handler: Handler) -> bool:
 
 
 def try_it(server: Any) -> str:
-    """Return a shell command that says hello to a server of lines, datagrams or pages."""
+    """Return a shell command for trying a server of lines, datagrams or pages.
+
+    It says hello by itself. Over TLS, where that would be too long, the user types it.
+    """
     address = server.server_address
     if _speaks_http(server.RequestHandlerClass):
+        curl, scheme = ("curl -k", "https") if server.ssl_context else ("curl", "http")
         if isinstance(address, str):
-            return f"curl --unix-socket {shlex.quote(address)} http://localhost/"
-        return f"curl http://{shown(_reachable(address))}/"
+            return f"{curl} --unix-socket {shlex.quote(address)} {scheme}://localhost/"
+        return f"{curl} {scheme}://{shown(_reachable(address))}/"
+    if server.ssl_context:
+        if isinstance(address, str):
+            return f"openssl s_client -quiet -unix {shlex.quote(address)}"
+        return f"openssl s_client -quiet -connect {shown(_reachable(address))}"
     family = socket.AddressFamily(server.address_family).name
     kind = socket.SocketKind(server.socket_type).name
     if family != "AF_UNIX":

@@ -12,6 +12,7 @@ import socket as socketlib
 import struct
 from typing import Any, Final
 
+from ._server import BaseServer
 from ._sockets import DatagramSocket
 from ._stream_servers import TCPServer
 
@@ -51,11 +52,17 @@ class UDPServer(TCPServer):
     """Bytes of a datagram that are delivered; a longer one is cut and counted."""
 
     _default_max_tasks = DATAGRAM_TASKS
+    _run_handler = BaseServer._run_handler  # There is no TLS here.
 
     def _set_up(self) -> None:
         super()._set_up()
         self._sender: DatagramSocket | None = None
         self._dropped_before = 0
+
+    def _check_context(self) -> None:
+        if self.ssl_context is not None:
+            name = type(self).__qualname__
+            raise TypeError(f"{name} serves datagrams: there is no TLS, no ssl_context")
 
     def server_activate(self) -> None:
         """Do nothing: datagrams come to a bound socket."""

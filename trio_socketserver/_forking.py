@@ -29,6 +29,7 @@ from ._life import Life
 from ._server import BaseServer
 from ._server_view import stand_in, view_of
 from ._sockets import DatagramSocket, StreamSocket
+from ._tls import TLSSocket
 
 __all__ = ["ForkingMixIn"]
 
@@ -154,6 +155,8 @@ class ForkingMixIn(BaseServer):
         except BaseException:
             self._lose_child(None)
             raise
+        if isinstance(request, TLSSocket):
+            request.leave()
         assert self.active_children is not None
         self.active_children.add(child.pid)
         try:
@@ -233,8 +236,8 @@ class _InChild:
         """Run the handler, in the child."""
         if kind is HandlerKind.BLOCKING:
             handler = self.server.RequestHandlerClass
-            given = give(request, call_in_child)
-            run_blocking(handler, given, client_address, self._view)
+            loan = give(request, call_in_child)
+            run_blocking(handler, loan, client_address, self._view)
         else:
             run_apart(functools.partial(self._await, kind, request, client_address))
 
@@ -244,11 +247,18 @@ class _InChild:
         if isinstance(request, tuple) and isinstance(request[1], DatagramSocket):
             # Some task of the parent's may hold the lock of this one for ever.
             request = (request[0], DatagramSocket(request[1].socket))
+        if isinstance(request, TLSSocket):
+            await request.do_handshake()
         handler = self.server.RequestHandlerClass(request, client_address, self.server)
-        if kind is HandlerKind.ASYNC_CLASS:
-            await run_handler(handler, self.server.cleanup_timeout)
-        else:
-            await handler
+        try:
+            if kind is HandlerKind.ASYNC_CLASS:
+                await run_handler(handler, self.server.cleanup_timeout)
+            else:
+                await handler
+        finally:
+            if isinstance(request, TLSSocket):
+                with trio.CancelScope(shield=True):  # It has a deadline of its own.
+                    await request.say_goodbye()
 
 
 def _tell(message: bytes) -> Any:

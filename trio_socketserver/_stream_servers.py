@@ -11,11 +11,15 @@ import errno
 import logging
 import os
 import socket as socketlib
+import ssl
 import stat
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Self
 
 import trio
 
+from ._blocking_tls import SecureSocket
+from ._handlers import HandlerKind
 from ._inherited import remember, servers
 from ._log import log
 from ._server import BaseServer, Handler
@@ -25,6 +29,8 @@ from ._sockets import (
     close_socket,
     shut_down_sending,
 )
+from ._tls import HANDSHAKE_TIMEOUT, TLSSocket
+from ._tls_contexts import Contexts
 
 __all__ = ["TCPServer"]
 
@@ -49,10 +55,12 @@ class TCPServer(BaseServer):
         RequestHandlerClass: the handler, see `BaseServer`.
         bind_and_activate: whether to bind and listen now. If not, call `server_bind()` and
             `server_activate()`, or replace ``socket``.
+        ssl_context: sets the attribute of this name.
 
     Raises:
         OSError: the address cannot be bound. Nothing is left open.
-        TypeError: the handler has the wrong colour.
+        TypeError: the handler has the wrong colour, or ``ssl_context`` is no context.
+        ValueError: ``ssl_context`` is one for clients.
 
     Attributes:
         socket: the listening socket, which the server owns.
@@ -81,6 +89,17 @@ class TCPServer(BaseServer):
     dualstack_ipv6: bool = True
     """Whether a server of ``AF_INET6`` on the wildcard address serves IPv4 too."""
 
+    ssl_context: ssl.SSLContext | Callable[..., ssl.SSLContext] | None = None
+    """An `ssl.SSLContext`, or a callable that makes one, for a server that speaks TLS.
+
+    A callable is called once, when the server is made, or begins to serve. (For workers
+    that are processes of their own it has to be one that can be imported.) The attribute
+    is read for each connection, so another context can take its place at any time.
+    """
+
+    ssl_handshake_timeout: float = HANDSHAKE_TIMEOUT
+    """Seconds that a TLS handshake may take, else `RequestTimeout`."""
+
     drain_backlog: bool = False
     """Whether closing first accepts what the kernel has accepted already.
 
@@ -96,8 +115,13 @@ class TCPServer(BaseServer):
         server_address: Any,
         RequestHandlerClass: Handler,
         bind_and_activate: bool = True,
+        *,
+        ssl_context: ssl.SSLContext | Callable[..., ssl.SSLContext] | None = None,
     ) -> None:
         super().__init__(server_address, RequestHandlerClass)
+        if ssl_context is not None:
+            self.ssl_context = ssl_context
+        self._check_context()
         self.socket = ListeningSocket(self.address_family, self.socket_type)
         remember(servers, self)
         self.socket.setblocking(False)
@@ -109,8 +133,17 @@ class TCPServer(BaseServer):
                 self._close_listener()
                 raise
 
+    def _set_up(self) -> None:
+        super()._set_up()
+        self._contexts = Contexts()
+
     @classmethod
-    def from_socket(cls, sock: socketlib.socket, RequestHandlerClass: Handler) -> Self:
+    def from_socket(
+        cls,
+        sock: socketlib.socket,
+        RequestHandlerClass: Handler,
+        **options: Any,
+    ) -> Self:
         """Make a server of a socket that is bound, and listening, already.
 
         Args:
@@ -118,6 +151,7 @@ class TCPServer(BaseServer):
                 server owns it from now on, and closes it. It is made non-blocking, for
                 everyone who shares it.
             RequestHandlerClass: the handler.
+            **options: what else the constructor takes, such as ``ssl_context``.
 
         Raises:
             ValueError: the socket is of another type than the server's.
@@ -125,7 +159,8 @@ class TCPServer(BaseServer):
         """
         if sock.type != cls.socket_type:
             raise ValueError(f"{cls.__qualname__} cannot serve {sock!r}")
-        server = cls(sock.getsockname(), RequestHandlerClass, bind_and_activate=False)
+        address = sock.getsockname()
+        server = cls(address, RequestHandlerClass, bind_and_activate=False, **options)
         server.socket.close()
         server.socket = sock
         server.address_family = sock.family
@@ -156,11 +191,22 @@ class TCPServer(BaseServer):
     def _prepare_listener(self) -> None:
         if self.fileno() == -1:
             raise trio.ClosedResourceError("the listening socket has been closed")
+        if isinstance(self.socket, ssl.SSLSocket):
+            raise TypeError(
+                "the listening socket has been wrapped by an SSLContext, and would shake "
+                "hands in accept(): give the context to the server, as ssl_context"
+            )
         self.socket.setblocking(False)
         if type(self.socket) is socketlib.socket:
             # Inherited, or put there by the user: from now on it is ours, and must wake the
             # loop when it is closed. It stays the same object, for who still holds it.
             self.socket.__class__ = ListeningSocket
+        self._check_context()
+
+    def _check_context(self) -> None:
+        """Find out now what would be wrong with each connection."""
+        if self.ssl_context is not None:
+            self._contexts.check(self.ssl_context)
 
     def _close_listener(self) -> None:
         close_socket(self.socket)
@@ -174,24 +220,45 @@ class TCPServer(BaseServer):
     async def get_request(self) -> tuple[Any, Any]:
         """Accept one connection, as the pair of a `StreamSocket` and the peer's address.
 
-        No checkpoint: what is accepted has an owner at once.
+        No checkpoint: what is accepted has an owner at once. With an ``ssl_context``, hands
+        are shaken later, where the handler runs.
 
         Raises:
             BlockingIOError: nothing is queued (any more).
             OSError: accept() failed; what follows of it is the loop's business.
         """
+        if self.ssl_context is None:
+            connection, client_address = self.socket.accept()
+            return StreamSocket.accepted(connection), client_address
+        context = self._contexts.current(self.ssl_context)
         connection, client_address = self.socket.accept()
-        return StreamSocket.accepted(connection), client_address
+        timeouts = self.ssl_handshake_timeout, self.cleanup_timeout
+        return TLSSocket.secured(connection, context, *timeouts), client_address
+
+    def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
+        if isinstance(request, TLSSocket):
+            return self._run_secured(request, client_address)
+        return super()._run_handler(request, client_address)
+
+    async def _run_secured(self, request: TLSSocket, client_address: Any) -> None:
+        if self._judge_handler() is not HandlerKind.BLOCKING:
+            await request.do_handshake(self._drain)
+        await super()._run_handler(request, client_address)
 
     async def shutdown_request(self, request: Any) -> None:
         """Shut down and close one connection.
 
         As in `socketserver` the connection ends even if the handler has given away a
-        duplicate of the socket. No checkpoint if the request is a `StreamSocket`.
+        duplicate of the socket. No checkpoint if the request is a `StreamSocket`, unless
+        it speaks TLS and the peer has to read before close_notify can leave.
         """
         if isinstance(request, StreamSocket):
+            if isinstance(request, TLSSocket):
+                await request.say_goodbye()
             request.shutdown_now()
         elif isinstance(request, socketlib.socket):
+            if isinstance(request, SecureSocket):
+                request.say_goodbye(0)
             shut_down_sending(request)
         await self.close_request(request)
 
@@ -211,10 +278,12 @@ class TCPServer(BaseServer):
             await request.aclose()
 
     def _close_at_once(self, request: Any) -> bool:
+        kind = type(request)
         if (
-            type(request) is not StreamSocket
+            kind not in (StreamSocket, TLSSocket)
             or getattr(self.shutdown_request, "__func__", None) is not _shutdown_request
             or getattr(self.close_request, "__func__", None) is not _close_request
+            or (kind is TLSSocket and not request.say_goodbye_now())
         ):
             return False
         request.shutdown_now()

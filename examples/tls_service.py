@@ -1,0 +1,78 @@
+r"""TLS, with certificates of clients, and a certificate of its own that can be renewed.
+
+    python examples/tls_service.py CERT KEY CLIENT_CA [PORT]
+
+The first two are files with the server's certificate chain and its key, the third one with
+the certificate of who vouches for clients. Ask it who you are:
+
+    openssl s_client -quiet -connect 127.0.0.1:9999 -cert MINE -key MY_KEY
+
+When the server's certificate has been renewed, send SIGHUP: who comes then is shown the new
+one, and nobody is interrupted. Clients without a certificate are one line in the log.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import ssl
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from trio_socketserver import NurseryTCPServer, StreamRequestHandler
+
+
+class WhoAmI(StreamRequestHandler):
+    """Tell each client what its certificate says."""
+
+    timeout = 60
+
+    async def handle(self) -> None:
+        certificate = self.request.getpeercert()
+        names = ", ".join(name for _, name in certificate.get("subjectAltName", ()))
+        async for line in self.rfile:
+            answer = f"{names} says {line.decode(errors='replace').strip()}\n"
+            await self.wfile.write(answer.encode())
+
+
+class TLSService(NurseryTCPServer):
+    ssl_handshake_timeout = 10
+    graceful_timeout = 10
+
+
+async def obey(signals: Any, server: TLSService, load: Callable[[], None]) -> None:
+    """Load the certificate at SIGHUP; close the server at the others."""
+    async for number in signals:
+        if number != signal.SIGHUP:
+            break
+        try:
+            load()
+            print("certificate loaded", flush=True)
+        except OSError as error:
+            print(f"certificate not loaded: {error}", flush=True)
+    await server.server_close()
+
+
+async def main(cert: str, key: str, client_ca: str, port: int) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca)
+    load = functools.partial(context.load_cert_chain, cert, key)
+    load()
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = TLSService(("127.0.0.1", port), WhoAmI, ssl_context=context)
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    with trio.open_signal_receiver(*numbers) as signals:
+        async with trio.open_nursery() as nursery, server:
+            nursery.start_soon(obey, signals, server, load)
+            print("listening on {}:{}".format(*server.server_address), flush=True)
+            await server.serve_forever()
+    print(f"{server.statistics().completed} clients served")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    port = int(sys.argv[4]) if len(sys.argv) > 4 else 9999
+    trio.run(main, sys.argv[1], sys.argv[2], sys.argv[3], port)
