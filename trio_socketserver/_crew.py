@@ -108,7 +108,6 @@ class Crew:
         self._workers: set[_Worker] = set()
         self._ready: list[trio.Event] = []
         self._stopping = trio.Event()
-        self._closing = False
         self._failed = trio.Event()
         self._failure: ChildFailed | None = None
 
@@ -333,6 +332,7 @@ class _Worker:
 
     def stop(self) -> None:
         """Have it accept no more. No checkpoint."""
+        self._hear_rest()  # It may have said just now that it is ready.
         if self.is_ready:
             self.say(Order.STOP)
         else:

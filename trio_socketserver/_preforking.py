@@ -136,7 +136,8 @@ class PreforkingMixIn(BaseServer):
 
     Cancellation: workers are cancelled, as the server would be without them, and killed if
     that takes longer than twice ``cleanup_timeout`` and a second. A worker also ends when
-    the program does, even by SIGKILL.
+    the program does, even by SIGKILL. (But if a worker itself is killed so, the children of
+    its requests go on, where `ForkingMixIn` is among the bases.)
     """
 
     workers: int = cast("int", _Cores())
@@ -253,7 +254,8 @@ class PreforkingMixIn(BaseServer):
             with trio.CancelScope(deadline=deadline, shield=True) as waiting:
                 await crew.wait_stopped()
             if waiting.cancelled_caught:
-                log(logging.WARNING, "a worker process is stuck, and may accept once more")
+                message = "a worker process has not stopped within %g s"
+                log(logging.WARNING, message, self.cleanup_timeout)
 
     async def _stop_accepting(self) -> None:
         try:

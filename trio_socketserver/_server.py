@@ -235,11 +235,21 @@ class BaseServer:
     async def _take_backlog(self) -> None:
         """Accept what the kernel has accepted already; limits delay what follows."""
         assert self._requests is not None
-        for _ in range(self._backlog()):
+        for number in range(self._backlog()):
+            if number and number % self._batch == 0:
+                await trio.lowlevel.checkpoint()  # Other processes take their share.
             try:
                 request, client_address = await self.get_request()
-            except OSError:  # BlockingIOError: there is no more. Others: nor will be.
+            except BlockingIOError:
                 return
+            except OSError as error:
+                if self.fileno() == -1:
+                    return  # A hook has closed it.
+                self._counters.accept_errors += 1
+                self._accept_errors.failed(error)
+                if self._accept_errors.delay:
+                    return  # A shortage; there is no time to wait for its end.
+                continue
             self._counters.accepted += 1
             self._queued += 1
             life = Life(request, client_address)

@@ -77,8 +77,8 @@ class Counters:
 
     def add(self, other: Counters) -> None:
         """Add what *other* has counted, which another process may be counting still."""
-        # In an order in which "accepted" comes after what it is the sum of.
-        for name in reversed(Counters.__slots__):
+        # What "accepted" is the sum of comes before it, or less might seem accepted.
+        for name in (*_ALL_BUT_ACCEPTED, "accepted"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def snapshot(self, datagrams_dropped: int) -> ServerStatistics:
@@ -88,6 +88,9 @@ class Counters:
             datagrams_dropped=datagrams_dropped,
             **{name: getattr(self, name) for name in Counters.__slots__},
         )
+
+
+_ALL_BUT_ACCEPTED: Final = tuple(name for name in Counters.__slots__ if name != "accepted")
 
 
 class SharedCounters(Counters):

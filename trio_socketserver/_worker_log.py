@@ -20,16 +20,20 @@ TEXT_LIMIT: Final = 20_000
 RECORD_LIMIT: Final = 100_000
 """Bytes of a record; of a longer one, what users have added is left out."""
 
+NAME_LIMIT: Final = 200
+"""Characters, there, of everything but the message."""
+
 PLAIN: Final = frozenset({int, bool, float, type(None)})
 """The types whose values are the same in the server. All else is text."""
 
 _EVERY_RECORD_HAS: Final = frozenset(vars(logging.makeLogRecord({})))
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, limit: int = TEXT_LIMIT) -> str:
     """Leave out the middle of a text that is too long."""
-    half = TEXT_LIMIT // 2
-    return text if len(text) <= TEXT_LIMIT else f"{text[:half]} [...] {text[-half:]}"
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} [...] {text[-limit // 2 :]}"
 
 
 def _plain(value: object) -> object:
@@ -50,8 +54,19 @@ class _LogToServer(logging.handlers.QueueHandler):
         values.pop("message", None)  # Again what is in "msg".
         data = _to_bytes(values)
         if len(data) > RECORD_LIMIT:
-            data = _to_bytes({n: v for n, v in values.items() if n in _EVERY_RECORD_HAS})
+            data = _to_bytes(_cut_down(values))
         self._send(data)
+
+
+def _cut_down(values: dict[str, object]) -> dict[str, object]:
+    """Return what is in every record, and no long text but the message."""
+    return {
+        name: shortened(value, NAME_LIMIT)
+        if isinstance(value, str) and name != "msg"
+        else value
+        for name, value in values.items()
+        if name in _EVERY_RECORD_HAS
+    }
 
 
 def _to_bytes(values: dict[str, object]) -> bytes:

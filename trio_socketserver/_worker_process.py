@@ -47,6 +47,8 @@ def main() -> None:
     parent, listener, link_end, figures = map(int, sys.argv[1:5])
     for descriptor in (listener, link_end, figures):
         os.set_inheritable(descriptor, False)
+    # The program may have blocked it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     link = WorkerLink(socket.socket(fileno=link_end))
     watch = ParentWatch(parent, link)
     try:
@@ -102,7 +104,7 @@ class ParentWatch:
         if os.getppid() == self._parent:  # Or the number may be another's by now.
             poll.poll()
         self._link.hang_up()
-        threading.Event().wait(self.patience)
+        threading.Event().wait(min(self.patience, threading.TIMEOUT_MAX))
         os._exit(1)
 
 
