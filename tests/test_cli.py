@@ -927,7 +927,7 @@ def test_a_socket_for_another_process_is_left_alone():
 def test_what_is_taken_is_taken_once(environ, descriptors):
     rest = {"PATH": "/bin"}
     environ |= rest
-    assert take_listen_fds(environ) == descriptors
+    assert list(take_listen_fds(environ)) == descriptors
     assert environ == rest
 
 

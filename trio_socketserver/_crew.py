@@ -27,7 +27,7 @@ from ._children import ChildTraceback, describe_end, nameless_file
 from ._exceptions import ChildFailed
 from ._fresh_interpreter import MainModule, command, is_of_main
 from ._groups import open_ungrouped_nursery
-from ._inherited import connections, remember
+from ._inherited import connections, forget, remember
 from ._log import log
 from ._statistics import Counters, SharedCounters
 from ._worker_link import FRAME_LIMIT, Frames, News, Order, socket_pair
@@ -263,6 +263,7 @@ class _Worker:
             self._sock, theirs = map(stack.enter_context, socket_pair())
             self._sock.setblocking(False)
             remember(connections, self)
+            stack.callback(forget, connections, self)
             self._pass(self._server)
             self._pass(theirs)
             theirs.close()
