@@ -30,6 +30,7 @@ from trio_socketserver import (
     BaseServer,
     ForkingMixIn,
     NurseryMixIn,
+    PreforkingMixIn,
     TCPServer,
     ThreadingMixIn,
     UDPServer,
@@ -470,6 +471,14 @@ _nursery = _define_servers("Nursery", NurseryMixIn)
 _threading = _define_servers("Threading", ThreadingMixIn)
 _forking = _define_servers("Forking", ForkingMixIn)
 
+_preforking_nursery = _define_servers("PreforkingNursery", PreforkingMixIn, NurseryMixIn)
+_preforking_threading = _define_servers(
+    "PreforkingThreading", PreforkingMixIn, ThreadingMixIn
+)
+
+_FEW_KINDS = ("tcp", "hooked tcp", "ticking tcp")
+"""Of a dispatcher that takes long to start."""
+
 DISPATCHERS = (
     Dispatcher(
         "nursery",
@@ -496,9 +505,25 @@ DISPATCHERS = (
     ),
     Dispatcher("forking-async", _forking, **_ASYNC, limit="max_children"),
     Dispatcher("forking-blocking", _forking, **_BLOCKING, limit="max_children"),
-    # Preforking comes here: _define_servers("Preforking...", PreforkingMixIn, ...) for each
-    # mix-in that it stands in front of, with workers=2.
-    # Interpreters take long to start, so it may have fewer kinds and moments.
+    Dispatcher(
+        "preforking-nursery",
+        _preforking_nursery,
+        **_ASYNC,
+        limit="max_tasks",
+        exit_ends="worker",
+        workers=2,
+        kinds=(*_FEW_KINDS, "udp"),
+        moments=1,
+    ),
+    Dispatcher(
+        "preforking-threading",
+        _preforking_threading,
+        **_BLOCKING,
+        limit="max_threads",
+        workers=1,
+        kinds=_FEW_KINDS,
+        moments=1,
+    ),
 )
 
 
