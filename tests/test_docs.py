@@ -4,6 +4,7 @@ and names in tables are those of the package."""
 from __future__ import annotations
 
 import ast
+import configparser
 import dataclasses
 import http.server
 import importlib.util
@@ -35,11 +36,11 @@ import pytest
 import trio
 import trio.testing
 import trustme
-from helpers import connect, is_refused, receive
+from helpers import connect, is_refused, receive, running
 
 import trio_socketserver
 from trio_socketserver._accept import BACK_OFF_FIRST, BACK_OFF_LIMIT
-from trio_socketserver._cli import DEFAULT_BIND, make_parser, make_server
+from trio_socketserver._cli import DEFAULT_BIND, make_parser, make_server, parse_address
 from trio_socketserver._crew import (
     EXIT_TIMEOUT,
     LONGEST_RESTART_DELAY,
@@ -1440,3 +1441,46 @@ def test_table_under_the_picture() -> None:
             target = TRANSITIONS.get((state, event))
             assert shown == ("error" if target is None else target.name)
     assert not cells
+
+
+# -- deploying -----------------------------------------------------------------------------
+
+
+def unit(block: Block) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(delimiters="=", interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read_string(block.text)
+    return parser
+
+
+@scenario("deploying.rst: chat.service")
+def service_unit(block: Block, folder: Path) -> None:
+    service = unit(block)["Service"]
+    python, *command = shlex.split(service["ExecStart"])
+    assert python.startswith(service["WorkingDirectory"])
+    assert command[:2] == ["-m", "trio_socketserver"]
+    options = make_parser().parse_args(command[2:])
+    assert options.bind is options.fd is None
+    assert options.graceful_timeout < float(service["TimeoutStopSec"])
+    assert options.handler == "chat:Member"
+
+
+@scenario("deploying.rst: chat.socket")
+def socket_unit(block: Block, folder: Path) -> None:
+    address = unit(block)["Socket"]["ListenStream"]
+    assert parse_address(address) == (socket.AF_INET, ("0.0.0.0", 7777))
+
+
+@scenario("deploying.rst: activated.py")
+def activated(block: Block, folder: Path) -> None:
+    text = re.sub("fileno=3", "fileno=int(sys.argv[1])", "import sys\n" + block.text)
+    (folder / "activated.py").write_text(text)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        descriptor = listener.fileno()
+        os.set_inheritable(descriptor, True)
+        with running(
+            str(folder / "activated.py"), str(descriptor), pass_fds=[descriptor]
+        ) as process:
+            assert exchange(listener.getsockname(), b"") == b"hello\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0
