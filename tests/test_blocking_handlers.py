@@ -6,11 +6,14 @@ import asyncio
 import contextvars
 import functools
 import gc
+import inspect
 import socket
 import socketserver
 import threading
+import types
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,7 @@ from trio_socketserver import (
     ThreadingMixIn,
     ThreadingTCPServer,
     UDPServer,
+    _blocking,
 )
 
 # -- the handlers --------------------------------------------------------------------------
@@ -607,3 +611,45 @@ async def test_nothing_of_a_failed_request_waits_for_the_collector() -> None:
         assert [handler() for handler in handlers] == [None]
     finally:
         gc.enable()
+
+
+def generator() -> Iterator[None]:
+    yield
+
+
+@types.coroutine
+def old_style() -> Iterator[None]:
+    yield
+
+
+class Awaitable:
+    def __await__(self) -> Iterator[None]:
+        return old_style()
+
+
+@pytest.mark.parametrize("make_one", [generator, old_style, Awaitable, object])
+def test_awaitable_is_what_inspect_says(make_one: Any) -> None:
+    result = make_one()
+    assert _blocking._is_awaitable(result) == inspect.isawaitable(result)
+
+
+@pytest.mark.parametrize("others", [[], [LookupError()], [KeyboardInterrupt()]])
+def test_exits_in_a_group(
+    others: list[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler that runs loops of its own may raise groups."""
+    found: BaseException | None = None
+    try:
+        with _blocking.exits_contained("somebody"):
+            raise BaseExceptionGroup("several", [SystemExit("enough"), *others])
+    except BaseExceptionGroup as group:
+        found = group
+    assert [*getattr(found, "exceptions", [])] == others
+    assert "enough" in caplog.text
+
+
+def test_a_group_without_an_exit() -> None:
+    group = BaseExceptionGroup("two", [KeyboardInterrupt()])
+    with pytest.raises(BaseExceptionGroup) as raised, _blocking.exits_contained("somebody"):
+        raise group
+    assert raised.value is group

@@ -940,6 +940,15 @@ def test_a_descriptor_is_served():
         server._close_listener()
 
 
+def test_sockets_that_cannot_be_served(capsys):
+    with (
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW) as stranger,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unbound,
+    ):
+        assert "of another family" in complaint(capsys, f"--fd={stranger.fileno()}")
+        assert "not bound" in complaint(capsys, f"--fd={unbound.fileno()}")
+
+
 def test_descriptors_that_cannot_be_served(capsys, monkeypatch, tmp_path):
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,

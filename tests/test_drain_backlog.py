@@ -3,6 +3,8 @@ request is lost where servers take turns on one listening socket."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 import threading
 from pathlib import Path
@@ -252,3 +254,79 @@ async def test_servers_take_turns_on_one_socket_and_lose_no_request() -> None:
                     previous.replaced.set()
                 over.set()
             current.replaced.set()
+
+
+@bounded
+@pytest.mark.parametrize(("number", "served"), [(errno.ECONNABORTED, 2), (errno.EMFILE, 0)])
+async def test_an_error_of_accepting(number: int, served: int) -> None:
+    """One that is a connection's own costs nobody else; a shortage ends it."""
+    server = make(NurseryTCPServer)
+    accept, errors = server.get_request, [OSError(number, "")]
+
+    async def get_request() -> Any:
+        if server.draining.is_set() and errors:
+            raise errors.pop()
+        return await accept()
+
+    server.get_request = get_request
+    async with server, trio.open_nursery() as nursery:
+        await nursery.start(server.serve_forever)
+        with (
+            pose(server, b"wait\n"),
+            pose(server, b"1\n") as one,
+            pose(server, b"2\n") as two,
+        ):
+            await server.waits.wait()
+            nursery.start_soon(server.server_close)
+            await server.draining.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            assert server.statistics().accept_errors == 1
+            server.gate.set()
+            replies = [await answer(one), await answer(two)]
+    assert replies == ([b"1\n", b"2\n"] if served else [NOTHING] * 2)
+
+
+@bounded
+async def test_a_hook_that_closes_the_listener() -> None:
+    server = make(NurseryTCPServer)
+    accept = server.get_request
+
+    async def get_request() -> Any:
+        if server.draining.is_set():
+            server.socket.close()
+        return await accept()
+
+    server.get_request = get_request
+    async with server, trio.open_nursery() as nursery:
+        await nursery.start(server.serve_forever)
+        with pose(server, b"wait\n"), pose(server, b"queued\n") as queued:
+            await server.waits.wait()
+            server.gate.set()
+            await server.server_close()
+            assert await answer(queued) == NOTHING
+
+
+@bounded
+async def test_others_have_their_turn_meanwhile() -> None:
+    server = make(NurseryTCPServer)
+    server._batch = 1
+    others_turns = []
+
+    async def other() -> None:
+        await server.draining.wait()
+        while len(others_turns) < CLIENTS:
+            others_turns.append(server.statistics().accepted)
+            await trio.lowlevel.checkpoint()
+
+    async with server, trio.open_nursery() as nursery:
+        await nursery.start(server.serve_forever)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pose(server, b"wait\n"))
+            await server.waits.wait()
+            for _ in range(3):
+                stack.enter_context(pose(server, b"x\n"))
+            nursery.start_soon(other)
+            nursery.start_soon(server.server_close)
+            await trio.testing.wait_all_tasks_blocked()
+            server.gate.set()
+    assert {2, 3, 4} <= set(others_turns)

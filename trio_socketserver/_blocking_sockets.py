@@ -267,7 +267,9 @@ def lend(request: Any, call: CallTrio) -> Loan:
             return Loan(request)
 
 
-def give(request: Any, call: CallTrio) -> Loan:
+def give(  # pragma: no cover (in forked children)
+    request: Any, call: CallTrio
+) -> Loan:
     """Give a request to a blocking handler for good, in the form it knows.
 
     For a handler in a process of its own, which nobody has to wake: making a connection one

@@ -48,10 +48,9 @@ def close_inherited(kept: Iterable[socket.socket]) -> None:
     """Close, in a child, what it has inherited of the parent's, except for *kept*."""
     # Copies, because a reference goes when what it refers to does.
     inherited: list[Any] = [getattr(server(), "socket", None) for server in [*servers]]
-    for connection in [*connections]:
-        holder: Holder | None = connection()
-        if holder is not None:
-            inherited += holder.held()
+    holders: list[Holder | None] = [connection() for connection in [*connections]]
+    for holder in filter(None, holders):
+        inherited += holder.held()
     keeping = {sock.fileno() for sock in kept}
     for sock in inherited:
         if isinstance(sock, socket.socket) and sock.fileno() not in keeping:

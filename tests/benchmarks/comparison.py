@@ -118,12 +118,17 @@ def failures_noted(row: Row) -> Iterator[None]:
         row.failure = f"failed: {reason}"
 
 
+def cores_of(workload: Workload) -> tuple[int | None, int | None]:
+    """The core for the server, and that for the load; None for all of them."""
+    return server_and_load() if workload.pinned else (None, None)
+
+
 def measure(
     row: Row, program: Path, workload: Workload, server: ServerProcess, seconds: float
 ) -> None:
     """Add one sample to a row."""
     cpu_before = server.cpu_seconds()
-    load = run_load(program, workload, server.port, seconds, server_and_load()[1])
+    load = run_load(program, workload, server.port, seconds, cores_of(workload)[1])
     server.check()
     if load.operations == 0:
         raise LoadFailed(f"not one request was answered: {server.last_words()}")
@@ -150,7 +155,7 @@ def compare(
         seconds: How long each time.
         fresh: Start a new process for every measurement, and do not warm it up.
     """
-    server_core, load_core = server_and_load()
+    server_core, load_core = cores_of(workload)
     rows = [Row(peer) for peer in peers]
 
     def start(row: Row) -> AbstractContextManager[ServerProcess]:

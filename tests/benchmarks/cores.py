@@ -19,10 +19,11 @@ def server_and_load() -> tuple[int, int]:
 
 
 @contextmanager
-def pinned(core: int) -> Iterator[None]:
-    """Processes started inside inherit this core and no other."""
+def pinned(core: int | None) -> Iterator[None]:
+    """Processes started inside inherit this core and no other; all cores for None."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     try:
         yield
     finally:

@@ -73,7 +73,7 @@ def compile_load(directory: Path) -> Path:
 
 
 def run_load(
-    program: Path, workload: Workload, port: int, seconds: float, core: int
+    program: Path, workload: Workload, port: int, seconds: float, core: int | None
 ) -> LoadResult:
     """Drive the server on ``port`` for ``seconds``.
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -59,12 +59,13 @@ class ServerProcess:
             raise ServerFailed(f"ended with {status}: {self.last_words()}")
 
     def cpu_seconds(self) -> float:
-        """CPU time used so far, by all threads and by children that have ended."""
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
-        # proc(5): after the name in brackets comes field 3; utime, stime, cutime and
-        # cstime are fields 14 to 17.
-        ticks = stat.rpartition(")")[2].split()[11:15]
-        return sum(map(int, ticks)) / TICKS_PER_SECOND
+        """CPU time used so far, by all threads and by children."""
+        return sum(map(ticks_of, [self._process.pid, *self._children()])) / TICKS_PER_SECOND
+
+    def _children(self) -> Iterator[int]:
+        for thread in Path(f"/proc/{self._process.pid}/task").iterdir():
+            with suppress(FileNotFoundError):  # It has just ended.
+                yield from map(int, (thread / "children").read_text().split())
 
     def peak_memory(self) -> int:
         """The most memory it has had resident so far, in bytes, without children."""
@@ -91,14 +92,25 @@ class ServerProcess:
         return lines[-1] if lines else "it said nothing"
 
 
+def ticks_of(pid: int) -> int:
+    """CPU time of a process, and of those of its children that it has waited for."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # It is waited for by now, and in its parent's figures the next time.
+    # proc(5): after the name in brackets comes field 3; utime, stime, cutime and cstime
+    # are fields 14 to 17.
+    return sum(map(int, stat.rpartition(")")[2].split()[11:15]))
+
+
 def die_with_parent() -> None:
     """Runs in the child: however the benchmarks end, no server stays behind."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
-def serving(peer: Peer, server: Server, core: int) -> Iterator[ServerProcess]:
-    """Start a peer's server on ``core``; kill it on leaving.
+def serving(peer: Peer, server: Server, core: int | None) -> Iterator[ServerProcess]:
+    """Start a peer's server on ``core``, or on all; kill it on leaving.
 
     Raises:
         ServerFailed: It did not start.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Server: TypeAlias = Literal["tcp", "udp", "blocking", "forking"]
+Server: TypeAlias = Literal["tcp", "udp", "blocking", "forking", "computing"]
 """What a peer's server serves: connections, datagrams, connections by blocking handlers,
-and those in a process each."""
+those in a process each, and connections for which it computes for 2 ms."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Workload:
         clients: How many there are, and so how many requests are in flight.
         size: Bytes of one message.
         server: Which of a peer's servers it needs.
+        pinned: Whether server and load have one core each.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Workload:
     clients: int
     size: int
     server: Server = "tcp"
+    pinned: bool = True
 
 
 WORKLOADS = {
@@ -78,6 +80,15 @@ WORKLOADS = {
             clients=8,
             size=64,
             server="forking",
+        ),
+        Workload(
+            "computing",
+            "Short connections, 2 ms of computing for each (8 clients, 64 bytes)",
+            mode="short",
+            clients=8,
+            size=64,
+            server="computing",
+            pinned=False,
         ),
     ]
 }

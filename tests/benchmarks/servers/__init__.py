@@ -41,6 +41,7 @@ class Peer:
         udp: The function that serves UDP.
         blocking: The function that serves TCP with `with_socketserver.Echo`.
         forking: The same, with a process per connection, in a process of our size.
+        computing: The function that serves TCP, and computes for each connection.
         requires: The packages to be installed for it.
         only: The workloads it takes part in, if not all that its servers could.
     """
@@ -52,6 +53,7 @@ class Peer:
     only: frozenset[str] | None = None
     blocking: str | None = None
     forking: str | None = None
+    computing: str | None = None
 
     def absent(self) -> list[str]:
         """The required packages that are not installed."""
@@ -65,12 +67,18 @@ OURS = Peer(
     ("trio_socketserver",),
     blocking="with_trio_socketserver:tcp_threading",
     forking="with_trio_socketserver:tcp_forking",
+    computing="with_trio_socketserver:two_workers",
 )
 
 PEERS = {
     peer.name: peer
     for peer in [
         OURS,
+        Peer(
+            "trio_socketserver, one worker",
+            requires=("trio_socketserver",),
+            computing="with_trio_socketserver:one_worker",
+        ),
         Peer("trio", "with_trio:tcp", "with_trio:udp", ("trio",)),
         Peer("anyio on trio", "with_anyio:tcp", None, ("anyio", "trio")),
         Peer("asyncio", "with_asyncio:tcp", "with_asyncio:udp"),

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from typing import cast
+from typing import cast, get_args
 
 from tests.benchmarks.servers import PEERS, Serve
+from tests.benchmarks.workloads import Server
 
 
 def announce(port: int) -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     """Serve as the named peer."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.servers")
     parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("server", choices=["tcp", "udp", "blocking", "forking"])
+    parser.add_argument("server", choices=get_args(Server))
     options = parser.parse_args()
     peer = PEERS[options.peer]
     entry = getattr(peer, options.server)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import trio
 
 from tests.benchmarks.servers import HOST, Announce
@@ -11,9 +13,12 @@ from trio_socketserver import (
     ForkingTCPServer,
     NurseryTCPServer,
     NurseryUDPServer,
+    PreforkingMixIn,
     StreamRequestHandler,
     ThreadingTCPServer,
 )
+
+COMPUTING_SECONDS = 0.002
 
 
 class EchoLines(StreamRequestHandler):
@@ -62,6 +67,42 @@ def tcp_forking(announce: Announce) -> None:
             await server.serve_forever()
 
     trio.run(main)
+
+
+class Compute(StreamRequestHandler):
+    """Computes before it sends a line back."""
+
+    async def handle(self) -> None:
+        line = await self.rfile.readline()
+        end = time.process_time() + COMPUTING_SECONDS
+        while time.process_time() < end:
+            continue
+        await self.wfile.write(line)
+
+
+class Workers(PreforkingMixIn, NurseryTCPServer):
+    """Serves in worker processes."""
+
+
+def _serve_in_workers(workers: int, announce: Announce) -> None:
+    async def main() -> None:
+        server = Workers((HOST, 0), Compute)
+        server.workers = workers
+        async with server, trio.open_nursery() as nursery:
+            await nursery.start(server.serve_forever)
+            announce(server.server_address[1])
+
+    trio.run(main)
+
+
+def one_worker(announce: Announce) -> None:
+    """Compute in one worker process."""
+    _serve_in_workers(1, announce)
+
+
+def two_workers(announce: Announce) -> None:
+    """Compute in two worker processes."""
+    _serve_in_workers(2, announce)
 
 
 def udp(announce: Announce) -> None:
