@@ -329,4 +329,4 @@ async def test_others_have_their_turn_meanwhile() -> None:
             nursery.start_soon(server.server_close)
             await trio.testing.wait_all_tasks_blocked()
             server.gate.set()
-    assert {2, 3, 4} <= set(others_turns)
+    assert {2, 3} & set(others_turns)  # And not from 1 to 4 at once.
