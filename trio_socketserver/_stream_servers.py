@@ -309,7 +309,7 @@ if hasattr(socketlib, "AF_UNIX"):
         moment can both bind: there is no lock on a path. Only the later one is reachable.
         """
 
-        address_family = socketlib.AF_UNIX
+        address_family: int = socketlib.AF_UNIX
 
         unlink_socket: bool = True
         """Whether to remove a stale socket file before binding and our own on closing.
@@ -320,6 +320,8 @@ if hasattr(socketlib, "AF_UNIX"):
 
         socket_mode: int | None = None
         """The file's permissions, for example ``0o660``; None for what the umask gives."""
+
+        server_address: Any
 
         def _set_up(self) -> None:
             super()._set_up()
