@@ -55,18 +55,14 @@ RECEIVE_SIZE: Final = 2 * FRAME_LIMIT
 """Bytes that are taken at a time; what does not fit of a packet would be lost."""
 
 
-class HasFileno(Protocol):
-    """Something with a descriptor."""
-
-    def fileno(self) -> int:
-        """Return it."""
-
-
-class Host(HasFileno, Protocol):
+class Host(Protocol):
     """What the crew needs of its server."""
 
     cleanup_timeout: float
     _counters: Counters
+
+    def fileno(self) -> int:
+        """Return the listening socket's descriptor."""
 
     def _obey_worker(self, news: News) -> None:
         """Do what a worker's handler has called."""
@@ -213,12 +209,12 @@ class Crew:
         self._failed.set()
 
 
-def _duplicate(sock: HasFileno) -> socket.socket:
+def _duplicate(descriptor: int) -> int:
     """Return a duplicate to pass on, whose number is free in the other process.
 
     Where this one has no stdin, say, the number of anything else may be 0.
     """
-    return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
 class _Worker:
@@ -264,13 +260,10 @@ class _Worker:
             self._sock.setblocking(False)
             remember(connections, self)
             stack.callback(forget, connections, self)
-            self._pass(self._server)
-            self._pass(theirs)
+            self._pass(self._server.fileno())
+            self._pass(theirs.fileno())
             theirs.close()
-            figures = nameless_file()
-            self._passing.callback(os.close, figures)
-            os.ftruncate(figures, SharedCounters.SIZE)
-            self.counters = SharedCounters(mmap.mmap(figures, 0))
+            figures = self._make_counters()
             descriptors = [*(sock.fileno() for sock in self._passed), figures]
             arguments = map(str, [os.getpid(), *descriptors])
             async with open_ungrouped_nursery() as nursery:
@@ -289,8 +282,20 @@ class _Worker:
                 finally:
                     self._hearing.cancel()
 
-    def _pass(self, sock: HasFileno) -> None:
-        self._passed.append(self._passing.enter_context(_duplicate(sock)))
+    def _pass(self, descriptor: int) -> None:
+        sock = socket.socket(fileno=_duplicate(descriptor))
+        self._passed.append(self._passing.enter_context(sock))
+
+    def _make_counters(self) -> int:
+        memory = nameless_file()
+        try:
+            os.ftruncate(memory, SharedCounters.SIZE)
+            self.counters = SharedCounters(mmap.mmap(memory, 0))
+            figures = _duplicate(memory)
+        finally:
+            os.close(memory)
+        self._passing.callback(os.close, figures)
+        return figures
 
     def started(self, process: trio.Process | None = None) -> None:
         """Take note that the process has been started; called by `trio.run_process`."""
