@@ -558,6 +558,29 @@ async def test_a_certificate_that_is_reloaded_serves_new_connections(place: Any)
     assert certificates[0] not in certificates[1:]
 
 
+class Store:
+    """Certificates of its own."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def context(self) -> ssl.SSLContext:
+        self.made += 1
+        return server_context()
+
+
+@bounded
+async def test_another_object_s_method_makes_another_context() -> None:
+    stores = [Store(), Store()]
+    server = NurseryTCPServer(ADDRESS, AsyncEcho, ssl_context=stores[0].context)
+    async with serving(server):
+        for store in stores:
+            server.ssl_context = store.context
+            for _ in range(2):
+                assert await ask(server, b"bye\n") == b"bye\n"
+            assert store.made == 1
+
+
 CALLS: list[str] = []
 
 

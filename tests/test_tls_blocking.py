@@ -202,6 +202,44 @@ async def test_after_ending_its_side_it_still_receives(server_class: Any) -> Non
     assert server.statistics().completed == 1
 
 
+def client_whose_end_is_followed_by_clear_text(address: Any) -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    engine = client_context().wrap_bio(incoming, outgoing, server_hostname=HOST)
+    with connect(address) as sock:
+        while True:
+            try:
+                engine.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        engine.write(b"hello")
+        with contextlib.suppress(ssl.SSLError):
+            engine.unwrap()
+        sock.sendall(outgoing.read())
+        while sock.recv(65536):
+            pass  # Until the handler has ended its side.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(b"injected")
+
+
+@each_server
+@bounded
+async def test_nothing_in_clear_is_received_after_the_end(server_class: Any) -> None:
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        assert request.recv(100) == b"hello"
+        assert request.recv(100) == b""
+        request.shutdown(socket.SHUT_WR)
+        time.sleep(0.05)  # For what would be injected; too short is too lenient.
+        assert request.recv(100) == b""
+        assert request.recv_into(bytearray(9)) == 0
+
+    server = make(server_class, handler)
+    async with serving(server):
+        await in_thread(client_whose_end_is_followed_by_clear_text, server.server_address)
+    assert server.statistics().completed == 1
+
+
 @each_server
 @bounded
 async def test_ending_its_side_loses_nothing_that_has_come(server_class: Any) -> None:

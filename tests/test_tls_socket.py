@@ -46,6 +46,7 @@ def clog(end: TLSSocket) -> int:
         How many times it could send.
     """
     sent = 0
+    end._is_cut = True
     while end._flush_now():
         end._encrypt(memoryview(bytes(512)))
         sent += 1
@@ -340,7 +341,7 @@ async def test_closing_waits_for_room_and_no_longer_than_it_may(
     async with established(kind="unix", small_buffers=True) as (server, _):
         clog(server)
         # As if all was sent, but there is no room for another word.
-        server._unsent = b""
+        server._is_cut = False
         start = trio.current_time()
         await server.aclose()
         assert trio.current_time() - start == 5.0
@@ -709,3 +710,52 @@ async def test_a_peer_that_has_gone_before_it_is_lent() -> None:
         with pytest.raises(ConnectionBroken):
             server.lend()
         assert server.fileno() == -1
+
+
+@bounded
+async def test_a_send_cut_between_two_pieces_is_cut_too() -> None:
+    """All that was encrypted has been sent, but not all that was to be."""
+    async with established() as (server, client):
+        received, scope = 0, trio.CancelScope()
+
+        async def send() -> None:
+            with scope:
+                await server.send_all(bytes(10 * ENCRYPT_SIZE))
+            await server.aclose()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            while chunk := await client.receive_some():
+                received += len(chunk)
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert received < 10 * ENCRYPT_SIZE
+        with pytest.raises(ssl.SSLEOFError):
+            await tells_an_end_from_a_cut(client)
+
+
+@bounded
+async def test_sends_that_are_cut_short_do_not_pile_up() -> None:
+    async with established(kind="unix", small_buffers=True) as (server, _):
+        for _ in range(20):
+            with trio.move_on_after(0):
+                await server.send_all(bytes(ENCRYPT_SIZE))
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(server.send_all, bytes(ENCRYPT_SIZE))
+                    await trio.testing.wait_all_tasks_blocked()
+                    nursery.cancel_scope.cancel()
+            assert not scope.cancelled_caught
+        assert 0 < len(server._unsent) < 2 * ENCRYPT_SIZE
+
+
+@bounded
+async def test_recv_into_takes_what_fits() -> None:
+    async with established() as (server, client):
+        await client.send_all(b"hello")
+        with pytest.raises(TypeError, match="buffer"):
+            await server.recv_into(memoryview(b"constant"))
+        buffer = bytearray(3)
+        assert await server.recv_into(buffer, 99) == 3
+        assert buffer == b"hel"
+        assert await server.recv(99) == b"lo"

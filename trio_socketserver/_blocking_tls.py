@@ -49,10 +49,13 @@ class SecureSocket:
 
     __slots__ = ()
 
-    def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def read(self: Any, len: int = 1024, buffer: Any = None) -> Any:
         """Receive, for all methods that do."""
         with self._in_use():
-            return super().read(*args, **kwargs)  # type: ignore[misc]
+            try:
+                return super().read(len, buffer)  # type: ignore[misc]
+            except ssl.SSLZeroReturnError:  # How it ends where both sides have.
+                return b"" if buffer is None else 0
 
     def send(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Send, for all methods that do."""
@@ -110,8 +113,12 @@ class SecureSocket:
                 self.settimeout(timeout)
 
     def _sends_close_notify(self: Any) -> bool:
+        if self._sslobj is None:
+            return True
         try:
-            self.unwrap()  # It looks for the peer's, too, but once only.
+            # It looks for the peer's, too, but once only. As unwrap(), which would drop TLS
+            # where it finds that, and have the handler read what comes in clear.
+            self._sslobj.shutdown()
         except ssl.SSLWantReadError:
             return True
         except ssl.SSLWantWriteError:

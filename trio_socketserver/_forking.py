@@ -52,6 +52,12 @@ _accepted: contextvars.ContextVar[Any] = contextvars.ContextVar(
 """What the server has accepted for the request that the current task is a part of."""
 
 
+def _accepted_or(request: Any) -> list[Any]:
+    """Return a request, and what it was made of if a hook has wrapped what was accepted."""
+    accepted = _accepted.get()
+    return [request] if request is accepted else [request, accepted]
+
+
 class _Messages:
     """What a server's children say to it; one byte each.
 
@@ -147,16 +153,17 @@ class ForkingMixIn(BaseServer):
         if self._in_child is None:
             self._in_child = _InChild(self)
         work = functools.partial(self._in_child.serve, kind, request, client_address)
-        # A hook may have wrapped what was accepted.
-        sockets = (*_sockets_of(request), *_sockets_of(_accepted.get()))
-        kept = [messages.child_end, *sockets]
+        kept = [messages.child_end]
+        for each in _accepted_or(request):
+            kept += _sockets_of(each)
         try:
             child = fork(work, kept)
         except BaseException:
             self._lose_child(None)
             raise
-        if isinstance(request, TLSSocket):
-            request.leave()
+        for each in _accepted_or(request):
+            if isinstance(each, TLSSocket):
+                each.leave()
         assert self.active_children is not None
         self.active_children.add(child.pid)
         try:
@@ -247,7 +254,8 @@ class _InChild:
         if isinstance(request, tuple) and isinstance(request[1], DatagramSocket):
             # Some task of the parent's may hold the lock of this one for ever.
             request = (request[0], DatagramSocket(request[1].socket))
-        if isinstance(request, TLSSocket):
+        tls = [each for each in _accepted_or(request) if isinstance(each, TLSSocket)]
+        if request in tls:
             await request.do_handshake()
         handler = self.server.RequestHandlerClass(request, client_address, self.server)
         try:
@@ -256,9 +264,9 @@ class _InChild:
             else:
                 await handler
         finally:
-            if isinstance(request, TLSSocket):
-                with trio.CancelScope(shield=True):  # It has a deadline of its own.
-                    await request.say_goodbye()
+            with trio.CancelScope(shield=True):  # It has a deadline of its own.
+                for each in tls:
+                    await each.say_goodbye()
 
 
 def _tell(message: bytes) -> Any:

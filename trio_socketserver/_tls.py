@@ -81,6 +81,7 @@ class TLSSocket(StreamSocket):
         "_handshaking",
         "_incoming",
         "_is_at_end",
+        "_is_cut",
         "_leaves",
         "_object",
         "_outgoing",
@@ -130,6 +131,8 @@ class TLSSocket(StreamSocket):
         # might be gone, and reset what it has sent; so they wait for something to go with.
         self._tickets = b""
         self._unsent = b""
+        # Whether the last send was cut short, or is under way.
+        self._is_cut = False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in BEHIND_OUR_BACK:
@@ -336,7 +339,9 @@ class TLSSocket(StreamSocket):
     ) -> int:
         """`ssl.SSLSocket.recv_into`, awaited. Raises as `receive_some` does."""
         with memoryview(buffer).cast("B") as view:
-            data = await self.recv(nbytes or len(view), flags)
+            if view.readonly:
+                raise TypeError("recv_into() needs a buffer that can be written to")
+            data = await self.recv(min(nbytes or len(view), len(view)), flags)
             view[: len(data)] = data
         return len(data)
 
@@ -369,14 +374,19 @@ class TLSSocket(StreamSocket):
                 await self.do_handshake()
             await checkpoint_if_cancelled()
             self._check()
+            # First what an earlier send has left: else each that is cut short adds to it.
+            await self._flush()
             with memoryview(data).cast("B") as view:
                 for start in range(0, len(view), ENCRYPT_SIZE):
+                    self._is_cut = True
                     self._encrypt(view[start : start + ENCRYPT_SIZE])
                     if self._flush_now():
                         await checkpoint()
                     else:
                         await self._flush()
-                if not view:
+                if view:
+                    self._is_cut = False
+                else:
                     await checkpoint()
         finally:
             self._sending = False
@@ -507,8 +517,8 @@ class TLSSocket(StreamSocket):
         ):
             return True
         if not self._eof_sent:
-            if self._unsent:
-                return True  # A send was cut short.
+            if self._is_cut:
+                return True
             self._put_close_notify()
         return self._flush_or_fail_quietly()
 

@@ -62,10 +62,9 @@ class Contexts:
 
         Raises as `make_context` does, and whatever a callable raises.
         """
-        source_id = _identity(source)
-        if source_id is not self._source:
+        if not _is_same(source, self._source):
             self._context = make_context(source)
-            self._source = source_id
+            self._source = source
 
     def current(self, source: object) -> ssl.SSLContext:
         """Return the context of *source*, or the one before it if that makes none."""
@@ -76,11 +75,11 @@ class Contexts:
                 raise
             message = "ssl_context cannot be %r; the one before it serves on"
             log(logging.ERROR, message, source, error=error)
-            self._source = _identity(source)
+            self._source = source
         assert self._context is not None
         return self._context
 
 
-def _identity(source: object) -> object:
-    """Return what stays the same object when an attribute is read again."""
-    return getattr(source, "__func__", source)
+def _is_same(source: object, other: object) -> bool:
+    """Tell whether it is the same object, or the same object's method read again."""
+    return source is other or (inspect.ismethod(source) and source == other)
