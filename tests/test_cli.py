@@ -947,6 +947,8 @@ def test_sockets_that_cannot_be_served(capsys):
     ):
         assert "of another family" in complaint(capsys, f"--fd={stranger.fileno()}")
         assert "not bound" in complaint(capsys, f"--fd={unbound.fileno()}")
+        unbound.bind(("127.0.0.1", 0))
+        _cli.check_served(unbound, datagrams=True)
 
 
 def test_descriptors_that_cannot_be_served(capsys, monkeypatch, tmp_path):

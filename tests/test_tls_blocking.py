@@ -202,17 +202,22 @@ async def test_after_ending_its_side_it_still_receives(server_class: Any) -> Non
     assert server.statistics().completed == 1
 
 
-def client_whose_end_is_followed_by_clear_text(address: Any) -> None:
+def shaken(sock: socket.socket) -> tuple[ssl.SSLObject, ssl.MemoryBIO]:
+    """Shake hands as a client; return what encrypts, and where to."""
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     engine = client_context().wrap_bio(incoming, outgoing, server_hostname=HOST)
+    while True:
+        try:
+            engine.do_handshake()
+            return engine, outgoing
+        except ssl.SSLWantReadError:
+            sock.sendall(outgoing.read())
+            incoming.write(sock.recv(65536))
+
+
+def client_whose_end_is_followed_by_clear_text(address: Any) -> None:
     with connect(address) as sock:
-        while True:
-            try:
-                engine.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                sock.sendall(outgoing.read())
-                incoming.write(sock.recv(65536))
+        engine, outgoing = shaken(sock)
         engine.write(b"hello")
         with contextlib.suppress(ssl.SSLError):
             engine.unwrap()
@@ -646,3 +651,81 @@ async def test_the_timeout_of_a_handler(server_class: Any) -> None:
         assert await ask(server, b"hello\n") == b"hello\n"
     seen = server.statistics()
     assert (seen.failed, seen.peer_errors) == (1, 1)
+
+
+@bounded
+async def test_a_send_that_timed_out_between_two_records_is_cut() -> None:
+    """OpenSSL holds nothing then: Python waits for room before it encrypts."""
+    timed_out = threading.Event()
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        request.settimeout(0.05)
+        try:
+            while True:
+                request.sendall(bytes(8192))
+        except TimeoutError:
+            timed_out.set()
+
+    def client() -> None:
+        with tls_connect(server.server_address) as sock:
+            wait_for(timed_out)
+            with pytest.raises(ssl.SSLEOFError):
+                receive_rest(sock)
+
+    server = make(ThreadingTCPServer, handler)
+    async with serving(server):
+        await in_thread(client)
+
+
+SIZE = 4_000_000
+
+
+class Much:
+    """A handler that answers when its client has ended its side."""
+
+    def __init__(self) -> None:
+        self.asked, self.may_answer = threading.Event(), threading.Event()
+
+    def __call__(self, request: Any, client_address: Any, server: Any) -> None:
+        request.recv(100)
+        self.asked.set()
+        wait_for(self.may_answer)
+        request.sendall(bytes(SIZE))
+
+
+class MuchAsync(Much):
+    async def __call__(self, request: Any, client_address: Any, server: Any) -> None:
+        await request.recv(100)
+        self.asked.set()
+        await happens(self.may_answer)
+        await request.sendall(bytes(SIZE))
+
+
+@pytest.mark.parametrize("handler_class", [Much, MuchAsync])
+@bounded
+async def test_a_client_that_ends_its_side_gets_the_whole_answer(
+    handler_class: Any,
+) -> None:
+    """Its close_notify is unread where the server closes, which would reset."""
+    handler = handler_class()
+
+    def client() -> int:
+        received = 0
+        with connect(server.server_address) as sock:
+            engine, outgoing = shaken(sock)
+            engine.write(b"all, please")
+            sock.sendall(outgoing.read())
+            wait_for(handler.asked)
+            with contextlib.suppress(ssl.SSLError):
+                engine.unwrap()
+            sock.sendall(outgoing.read())
+            sock.shutdown(socket.SHUT_WR)
+            handler.may_answer.set()
+            while chunk := sock.recv(20_000):
+                received += len(chunk)  # Encrypted, and so a little more.
+                time.sleep(0.001)  # So that the server closes meanwhile.
+        return received
+
+    server = make(ThreadingTCPServer, handler)
+    async with serving(server):
+        assert await in_thread(client) > SIZE

@@ -27,7 +27,7 @@ from tls_world import (
 
 from trio_socketserver import ConnectionBroken, RequestTimeout
 from trio_socketserver._draining import FIRST_LINE_GRACE, Drain, Drained
-from trio_socketserver._tls import ENCRYPT_SIZE, TLSSocket
+from trio_socketserver._tls import ANSWERS_LIMIT, ENCRYPT_SIZE, TLSSocket
 
 
 @contextlib.asynccontextmanager
@@ -759,3 +759,62 @@ async def test_recv_into_takes_what_fits() -> None:
         assert await server.recv_into(buffer, 99) == 3
         assert buffer == b"hel"
         assert await server.recv(99) == b"lo"
+
+
+class Busy:
+    """What stands for an engine that is sent much and finds no data in it."""
+
+    def __init__(self, end: TLSSocket, answer: bytes) -> None:
+        self._end = end
+        self._answer = answer
+        self.reads = 0
+
+    def read(self, size: int) -> bytes:
+        self.reads += 1
+        self._end._outgoing.write(self._answer)
+        raise ssl.SSLWantReadError
+
+    def unwrap(self) -> None: ...
+
+
+@bounded
+async def test_others_have_their_turn_while_a_peer_says_much_and_sends_nothing() -> None:
+    """New keys, for example: 27 bytes each, and work for the server."""
+    async with established() as (server, client):
+        for _ in range(10):
+            await client.send_all(bytes(ENCRYPT_SIZE))
+        server._object = busy = Busy(server, b"")  # type: ignore[assignment]
+        assert server._read_now(1) is None
+        assert busy.reads == 2  # Before a piece has been taken from the kernel, and after.
+
+
+@bounded
+async def test_a_peer_that_wants_answers_and_reads_none() -> None:
+    async with established(kind="unix", small_buffers=True) as (server, client):
+        server._object = Busy(server, bytes(ENCRYPT_SIZE))  # type: ignore[assignment]
+        client._sock.send(b"something")
+        with pytest.raises(ConnectionBroken, match="does not read"):
+            for _ in iter(lambda: server._read_now(1), b"never"):
+                pass
+        assert len(server._unsent) <= ANSWERS_LIMIT + 2 * ENCRYPT_SIZE
+        with pytest.raises(ConnectionBroken, match="does not read"):
+            await server.receive_some()
+
+
+@bounded
+async def test_two_tasks_may_close() -> None:
+    async with established(kind="unix", small_buffers=True) as (server, _):
+        clog(server)
+        server._is_cut = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.aclose)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(server.aclose)
+
+
+@bounded
+async def test_a_closed_one_is_not_lent() -> None:
+    async with established() as (server, _):
+        server.close_now()
+        with pytest.raises(trio.ClosedResourceError):
+            server.lend()

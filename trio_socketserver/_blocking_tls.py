@@ -60,7 +60,11 @@ class SecureSocket:
     def send(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Send, for all methods that do."""
         with self._in_use():
-            return super().send(*args, **kwargs)  # type: ignore[misc]
+            # It waits for room before it encrypts, so OpenSSL knows nothing of a timeout.
+            self._is_cut = True
+            sent = super().send(*args, **kwargs)  # type: ignore[misc]
+            self._is_cut = False
+            return sent
 
     @contextlib.contextmanager
     def _in_use(self: Any) -> Iterator[None]:
@@ -99,7 +103,7 @@ class SecureSocket:
         Args:
             seconds: how long to wait for the peer to read what comes before it.
         """
-        if self.fileno() == -1 or self._users or self.version() is None:
+        if self.fileno() == -1 or self._users or self._is_cut or self.version() is None:
             return
         deadline = time.monotonic() + seconds
         timeout = self.gettimeout()
@@ -113,8 +117,6 @@ class SecureSocket:
                 self.settimeout(timeout)
 
     def _sends_close_notify(self: Any) -> bool:
-        if self._sslobj is None:
-            return True
         try:
             # It looks for the peer's, too, but once only. As unwrap(), which would drop TLS
             # where it finds that, and have the handler read what comes in clear.
@@ -150,6 +152,7 @@ def secure(sock: socket.socket, context: ssl.SSLContext) -> socket.socket:
     except OSError as error:
         raise _broken(error) from error
     made._users = set()  # type: ignore[attr-defined]
+    made._is_cut = False  # type: ignore[attr-defined]
     theirs: Any = type(made)
     made.__class__ = _secure_class(theirs)
     return made

@@ -244,7 +244,11 @@ class _InChild:
         if kind is HandlerKind.BLOCKING:
             handler = self.server.RequestHandlerClass
             loan = give(request, call_in_child)
-            run_blocking(handler, loan, client_address, self._view)
+            try:
+                run_blocking(handler, loan, client_address, self._view)
+            finally:
+                if isinstance(request, tuple):  # A view of the socket, made for it.
+                    loan.end()
         else:
             run_apart(functools.partial(self._await, kind, request, client_address))
 

@@ -18,6 +18,7 @@ import logging
 import os
 import pickle
 import socket as socketlib
+import ssl
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -93,6 +94,8 @@ def _culprit(server: BaseServer, error: Exception) -> tuple[str, Exception]:
         try:
             pickle.dumps(value)
         except Exception as reason:
+            if isinstance(value, ssl.SSLContext):
+                reason = TypeError(f"{reason}; give a callable that makes it")
             public = {"_request_handler_class": "RequestHandlerClass"}
             return f"its attribute {public.get(name, name)!r}", reason
     return "it", error

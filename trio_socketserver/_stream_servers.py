@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket as socketlib
 import ssl
@@ -97,7 +98,7 @@ class TCPServer(BaseServer):
     is read for each connection, so another context can take its place at any time.
     """
 
-    ssl_handshake_timeout: float = HANDSHAKE_TIMEOUT
+    ssl_handshake_timeout: float | None = HANDSHAKE_TIMEOUT
     """Seconds that a TLS handshake may take, else `RequestTimeout`."""
 
     drain_backlog: bool = False
@@ -232,7 +233,8 @@ class TCPServer(BaseServer):
             return StreamSocket.accepted(connection), client_address
         context = self._contexts.current(self.ssl_context)
         connection, client_address = self.socket.accept()
-        timeouts = self.ssl_handshake_timeout, self.cleanup_timeout
+        patience = self.ssl_handshake_timeout
+        timeouts = math.inf if patience is None else patience, self.cleanup_timeout
         return TLSSocket.secured(connection, context, *timeouts), client_address
 
     def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:

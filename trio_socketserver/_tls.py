@@ -50,6 +50,17 @@ ENCRYPT_SIZE: Final = 65536
 Four records of TLS. What they cost to encrypt, some 50 µs, is how long others wait.
 """
 
+RECORD_SIZE: Final = 16384 + 2048 + 5
+"""Bytes that are taken from the kernel at a time: the largest record, with its header.
+
+OpenSSL's memory never shrinks: with 64 KiB an idle connection that once received a lot
+keeps 130 KiB, with this 10. And a peer may send what takes long and says nothing, such as
+new keys, 27 bytes each; between two pieces of that others have their turn.
+"""
+
+ANSWERS_LIMIT: Final = 2 * ENCRYPT_SIZE
+"""Bytes that may wait for a peer that sends and does not read. OpenSSL has answers too."""
+
 BEHIND_OUR_BACK: Final = frozenset({"read", "write", "unwrap"})
 """What an `ssl.SSLObject` does without anybody who sends and receives for it."""
 
@@ -178,7 +189,7 @@ class TLSSocket(StreamSocket):
     def _fill_now(self) -> bool:
         """Pass on to OpenSSL what has come; tell whether that was something."""
         try:
-            data = self._sock.recv(RECEIVE_SIZE, DONTWAIT)
+            data = self._sock.recv(RECORD_SIZE, DONTWAIT)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -238,14 +249,17 @@ class TLSSocket(StreamSocket):
             self._handshaking = trio.Lock()
         async with self._handshaking:
             self._check()
-            if self._established:
-                return
-            bounds = _HandshakeBounds(self._handshake_timeout, drain)
-            with bounds:
-                await self._shake_hands()
-            if bounds.scope.cancelled_caught:
-                self._broken = bounds.explanation()
-                raise RequestTimeout(self._broken)
+            if not self._established:
+                await self._shake_hands_within(
+                    _HandshakeBounds(self._handshake_timeout, drain)
+                )
+
+    async def _shake_hands_within(self, bounds: _HandshakeBounds) -> None:
+        with bounds:
+            await self._shake_hands()
+        if bounds.scope.cancelled_caught:
+            self._broken = bounds.explanation()
+            raise RequestTimeout(self._broken)
 
     async def _shake_hands(self) -> None:
         engine = self._engine()
@@ -271,11 +285,12 @@ class TLSSocket(StreamSocket):
     # -- receiving -------------------------------------------------------------------
 
     def _read_now(self, size: int) -> bytes | None:
-        """Decrypt something; return nothing at the end, None if the peer has to send."""
+        """Decrypt something; return nothing at the end, None if it is time to wait."""
         if self._decrypted:
             data, self._decrypted = self._decrypted[:size], self._decrypted[size:]
             return data
         assert self._object is not None
+        has_filled = False
         while True:
             try:
                 return self._object.read(size)
@@ -288,8 +303,12 @@ class TLSSocket(StreamSocket):
                 raise self._break(error) from error
             if self._outgoing.pending:
                 self._flush_or_fail_quietly()  # An answer of OpenSSL's own.
-            if not self._fill_now():
+                if len(self._unsent) > ANSWERS_LIMIT:
+                    self._broken = "the peer does not read"
+                    raise ConnectionBroken(errno.ENOBUFS, self._broken)
+            if has_filled or not self._fill_now():
                 return None
+            has_filled = True
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive whatever has arrived, or wait for something.
@@ -473,7 +492,9 @@ class TLSSocket(StreamSocket):
         Raises:
             RuntimeError: hands have been shaken here.
             ConnectionBroken: the peer has gone.
+            trio.ClosedResourceError: it has been closed.
         """
+        self._check()
         if self._handshaking is not None:
             raise RuntimeError(
                 "a blocking handler cannot take over a TLS connection that has been used "
@@ -528,7 +549,10 @@ class TLSSocket(StreamSocket):
         No checkpoint if it can be sent at once.
         """
         with (
-            contextlib.suppress(RequestTimeout),
+            # Two tasks may be closing.
+            contextlib.suppress(
+                RequestTimeout, trio.BusyResourceError, trio.ClosedResourceError
+            ),
             trio.move_on_after(self._closing_timeout),
         ):
             while not self.say_goodbye_now():
@@ -542,6 +566,11 @@ class TLSSocket(StreamSocket):
     def close_now(self) -> None:
         """Close without a checkpoint, with close_notify if that leaves at once."""
         self.say_goodbye_now()
+        if self._eof_sent:
+            # The peer's close_notify may be here too. Closed with it unread, the kernel
+            # would drop what the peer has not received.
+            with contextlib.suppress(OSError):
+                self._sock.recv(RECORD_SIZE, DONTWAIT)
         super().close_now()
 
     async def aclose(self) -> None:
