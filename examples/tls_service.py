@@ -39,30 +39,31 @@ class WhoAmI(StreamRequestHandler):
             await self.wfile.write(answer.encode())
 
 
-class TLSService(NurseryTCPServer):
-    ssl_handshake_timeout = 10
-    graceful_timeout = 10
-
-
-async def obey(signals: Any, server: TLSService, load: Callable[[], None]) -> None:
+async def obey(signals: Any, server: NurseryTCPServer, load: Callable[[], Any]) -> None:
     """Load the certificate at SIGHUP; close the server at the others."""
     async for number in signals:
         if number != signal.SIGHUP:
             break
         try:
-            load()
+            # Not into the context in use: half of a renewal would leave that unusable.
+            server.ssl_context = load()
             print("certificate loaded", flush=True)
         except OSError as error:
             print(f"certificate not loaded: {error}", flush=True)
     await server.server_close()
 
 
-async def main(cert: str, key: str, client_ca: str, port: int) -> None:
+def make_context(cert: str, key: str, client_ca: str) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client_ca)
-    load = functools.partial(context.load_cert_chain, cert, key)
-    load()
+    context.load_cert_chain(cert, key)
     context.verify_mode = ssl.CERT_REQUIRED
-    server = TLSService(("127.0.0.1", port), WhoAmI, ssl_context=context)
+    return context
+
+
+async def main(files: list[str], port: int) -> None:
+    load = functools.partial(make_context, *files)
+    server = NurseryTCPServer(("127.0.0.1", port), WhoAmI, ssl_context=load())
+    server.ssl_handshake_timeout = server.graceful_timeout = 10
     numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
     with trio.open_signal_receiver(*numbers) as signals:
         async with trio.open_nursery() as nursery, server:
@@ -75,4 +76,4 @@ async def main(cert: str, key: str, client_ca: str, port: int) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     port = int(sys.argv[4]) if len(sys.argv) > 4 else 9999
-    trio.run(main, sys.argv[1], sys.argv[2], sys.argv[3], port)
+    trio.run(main, sys.argv[1:4], port)

@@ -1014,6 +1014,13 @@ def reload(block: Block, folder: Path) -> None:
             write_certificates(folder)
             program.process.send_signal(signal.SIGHUP)
             assert program.line() == "reloaded"
+        key = (folder / "key.pem").read_text()
+        write_certificates(folder)
+        (folder / "key.pem").write_text(key)  # As if a renewal had come half way.
+        program.process.send_signal(signal.SIGHUP)
+        assert program.line().startswith("not reloaded: ")
+        with shake_hands(address) as client:
+            assert client.recv(99) == b"hello\n"
     assert certificates[0] != certificates[1]
 
 

@@ -729,3 +729,28 @@ async def test_a_client_that_ends_its_side_gets_the_whole_answer(
     server = make(ThreadingTCPServer, handler)
     async with serving(server):
         assert await in_thread(client) > SIZE
+
+
+@bounded
+async def test_what_is_written_below_send_is_cut_too() -> None:
+    timed_out = threading.Event()
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        request.settimeout(0.05)
+        assert request.write(b"all of it") == 9
+        assert not request._is_cut
+        try:
+            while True:
+                request.write(bytes(8192))
+        except TimeoutError:
+            timed_out.set()
+
+    def client() -> None:
+        with tls_connect(server.server_address) as sock:
+            wait_for(timed_out)
+            with pytest.raises(ssl.SSLEOFError):
+                receive_rest(sock)
+
+    server = make(ThreadingTCPServer, handler)
+    async with serving(server):
+        await in_thread(client)

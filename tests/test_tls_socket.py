@@ -818,3 +818,12 @@ async def test_a_closed_one_is_not_lent() -> None:
         server.close_now()
         with pytest.raises(trio.ClosedResourceError):
             server.lend()
+
+
+@bounded
+async def test_a_reset_is_told_each_time() -> None:
+    async with established() as (server, client):
+        close_with_reset(client._sock)
+        for _ in range(2):
+            with pytest.raises(ConnectionBroken):
+                await server.receive_some()

@@ -208,6 +208,8 @@ class _StreamLoan(Loan):
     def close(self) -> None:
         self._waker.release()
         self.request.close()
+        if self.request.fileno() != -1:  # A file of the handler's, left open, keeps it.
+            socket.close(self.request.detach())
 
 
 class _TLSLoan(_StreamLoan):

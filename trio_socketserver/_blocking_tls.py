@@ -58,13 +58,21 @@ class SecureSocket:
                 return b"" if buffer is None else 0
 
     def send(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Send, for all methods that do."""
-        with self._in_use():
-            # It waits for room before it encrypts, so OpenSSL knows nothing of a timeout.
-            self._is_cut = True
-            sent = super().send(*args, **kwargs)  # type: ignore[misc]
-            self._is_cut = False
-            return sent
+        """Send, for all methods that do but `write`."""
+        with self._in_use(), self._noting_cuts():
+            return super().send(*args, **kwargs)  # type: ignore[misc]
+
+    def write(self: Any, data: Any) -> Any:
+        """Send, too."""
+        with self._in_use(), self._noting_cuts():
+            return super().write(data)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _noting_cuts(self: Any) -> Iterator[None]:
+        # It waits for room before it encrypts, so OpenSSL knows nothing of a timeout.
+        self._is_cut = True
+        yield
+        self._is_cut = False
 
     @contextlib.contextmanager
     def _in_use(self: Any) -> Iterator[None]:

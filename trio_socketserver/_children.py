@@ -169,6 +169,16 @@ def _flush() -> None:
             continue
 
 
+def _ignore_sigterm() -> None:
+    """Take no more notice of being asked to end: this is the end."""
+    while True:
+        try:
+            _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+            return
+        except SystemExit:
+            continue  # It was asked just now, and its handler has run before the call.
+
+
 def _be_child(  # pragma: no cover (in forked children)
     work: Callable[[], object],
     kept: Iterable[socket.socket],
@@ -184,10 +194,10 @@ def _be_child(  # pragma: no cover (in forked children)
             _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
             work()
         except BaseException as error:  # noqa: ASYNC103 (the parent raises it)
-            _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+            _ignore_sigterm()
             said = _describe(error)
         else:
-            _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+            _ignore_sigterm()
         while said:
             said = said[os.write(report, said) :]
         _flush()

@@ -178,7 +178,10 @@ class TLSSocket(StreamSocket):
         if self._sock.fileno() == -1:
             return trio.ClosedResourceError("this socket is closed")
         # Also where the sending side is closed: only TLS's is, until the socket is.
-        return connection_broken(error)
+        broken = connection_broken(error)
+        if error.errno == errno.ECONNRESET:
+            self._broken = broken.strerror  # The kernel tells it once.
+        return broken
 
     def _break(self, error: ssl.SSLError, doing: str = "TLS") -> ConnectionBroken:
         """Take note of an error of OpenSSL's, and let the peer know."""
