@@ -166,3 +166,13 @@ async def test_request_timeout_comes_out_of_finish_request(autojump_clock: Any) 
     assert raised
     assert "3 s" in raised[0]
     assert server.statistics().completed == 1
+
+
+@bounded
+async def test_a_server_that_a_request_has_crashed_takes_no_more() -> None:
+    """In a worker process, another worker may."""
+    async with TCPServer(("127.0.0.1", 0), echo_all) as server:
+        with connect(server.server_address):
+            server._requests.cancel()
+            await server._accept_batch()
+    assert server.statistics().accepted == 0
