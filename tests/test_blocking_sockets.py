@@ -37,6 +37,7 @@ from helpers import (
     assert_sums_up,
     bounded,
     connect,
+    connected,
     datagram_client,
     receive,
     receive_to_end,
@@ -50,7 +51,7 @@ from trio_socketserver import (
     UDPServer,
 )
 from trio_socketserver._blocking_sockets import DatagramView, lend
-from trio_socketserver._sockets import DatagramSocket
+from trio_socketserver._sockets import DatagramSocket, StreamSocket
 from trio_socketserver._workers import call_trio
 
 # -- connections ---------------------------------------------------------------------------
@@ -773,3 +774,15 @@ async def test_a_view_outlives_trio_as_a_socket_that_is_shut_down() -> None:
         view = DatagramView(DatagramSocket(sock), finished)
         with view, pytest.raises(BrokenPipeError):
             view.recv(1)
+
+
+@bounded
+async def test_what_an_abandoned_handler_leaves_open_is_closed() -> None:
+    """A file of the connection's, for example, that its finish() did not come to."""
+    with connected("tcp") as (client, ours):
+        loan = lend(StreamSocket(ours), call_trio)
+        file = loan.request.makefile("rb")
+        loan.close()
+        assert loan.request.fileno() == -1
+        assert await receive(client) == b""
+        del file

@@ -353,7 +353,7 @@ async def test_an_error_in_service_actions_ends_who_serves(
     server = dispatcher.make(kind, tmp_path)
     if dispatcher.workers:
         async with serving(server):
-            with told(server, "fail in service_actions"), pose(server, b"echo\nhello"):
+            with told(server, "fail in service_actions"):
                 while "tick" not in journal(server):
                     await trio.sleep(0.001)
             await assert_serves(server)

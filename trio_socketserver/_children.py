@@ -169,7 +169,7 @@ def _flush() -> None:
             continue
 
 
-def _ignore_sigterm() -> None:
+def _ignore_sigterm() -> None:  # pragma: no cover (in forked children)
     """Take no more notice of being asked to end: this is the end."""
     while True:
         try:
