@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -266,3 +267,21 @@ class LogsElsewhere(Tasks):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         logging.basicConfig(filename=self.log_file, format="%(message)s", force=True)
+
+
+# -- TLS -----------------------------------------------------------------------------------
+
+
+def tls_context(path: str) -> ssl.SSLContext:
+    """Make a context of the certificate and the key in a file."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(path)
+    return context
+
+
+async def tell_pid(request: Any, client_address: Any, server: Any) -> None:
+    await request.send_all(b"%d" % os.getpid())
+
+
+def tell_pid_blocking(request: Any, client_address: Any, server: Any) -> None:
+    request.sendall(b"%d" % os.getpid())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -65,6 +66,8 @@ from prefork_servers import (
     evaluate,
     evaluate_blocking,
 )
+from tls_world import CERTIFICATE
+from tls_world import ask as tls_ask
 
 from trio_socketserver import ChildFailed, PreforkingMixIn, _crew, _fresh_interpreter
 from trio_socketserver._preforking import pickled
@@ -796,3 +799,28 @@ async def test_a_plain_client_gets_through_from_the_beginning() -> None:
         early.shutdown(1)
         async with serving(server):
             assert parsed(await answer(early)).value == "early"
+
+
+# -- TLS -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server_class", "handler"),
+    [
+        (Tasks, prefork_servers.tell_pid),
+        (Threads, prefork_servers.tell_pid_blocking),
+        (Forks, prefork_servers.tell_pid),
+        (Forks, prefork_servers.tell_pid_blocking),
+    ],
+)
+@bounded
+async def test_each_worker_makes_its_context(
+    server_class: Any, handler: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "certificate.pem"
+    CERTIFICATE.private_key_and_cert_chain_pem.write_to_path(file)
+    make_context = functools.partial(prefork_servers.tls_context, str(file))
+    server = server_class(LOCAL, handler, ssl_context=make_context)
+    async with serving(server):
+        assert int(await tls_ask(server)) != os.getpid()
+    assert server.statistics().completed == 1
