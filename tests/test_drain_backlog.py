@@ -330,3 +330,35 @@ async def test_others_have_their_turn_meanwhile() -> None:
             await trio.testing.wait_all_tasks_blocked()
             server.gate.set()
     assert {2, 3} & set(others_turns)  # And not from 1 to 4 at once.
+
+
+@bounded
+async def test_a_hook_may_pass_on_something_else_and_count_it_once() -> None:
+    class Wrapping(NurseryTCPServer):
+        drain_backlog = True
+        max_tasks = 1
+
+        async def process_request(self, request: Any, client_address: Any) -> None:
+            await trio.lowlevel.checkpoint()
+            await super().process_request([request], client_address)
+
+        async def finish_request(self, request: Any, client_address: Any) -> None:
+            await super().finish_request(request[0], client_address)
+
+        async def shutdown_request(self, request: Any) -> None:
+            await super().shutdown_request(request[0])
+
+    server: Any = Wrapping(("127.0.0.1", 0), Gate)
+    server.waits, server.gate, server.most = trio.Event(), trio.Event(), 0
+    async with server, trio.open_nursery() as nursery:
+        await nursery.start(server.serve_forever)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pose(server, b"wait\n"))
+            await server.waits.wait()
+            queued = [stack.enter_context(pose(server, b"x\n")) for _ in range(3)]
+            nursery.start_soon(server.server_close)
+            await server.draining.wait()
+            server.gate.set()
+            for client in queued:
+                assert await answer(client) == b"x\n"
+    assert server.statistics().accepted == server.statistics().completed == 4

@@ -515,9 +515,11 @@ class BaseServer:
             async with self._turn:
                 await self._wait_for_room()
                 self._admitting = trio.lowlevel.current_task()
-                await self._admit(life)
+                try:
+                    await self._admit(life)
+                finally:
+                    self._admitting = None
         finally:
-            self._admitting = None
             self._queued -= 1
 
     def _handle(self, life: Life) -> Awaitable[None]:
