@@ -244,8 +244,9 @@ async def test_many_short_connections_leave_nothing(
             await all_ended(server)
             figures["blocks more"] = blocks() - before[0]
             figures["KiB more"] = (resident() - before[1]) // 1024
-            # One block for each connection would be a hundred times as many.
-            assert figures["blocks more"] < SHORT // 100
+            # One block for each connection would be ten times as many. Some dozens come of
+            # whatever else, and do not grow with the number.
+            assert figures["blocks more"] < SHORT // 10
             assert figures["KiB more"] < 16 * 1024
             assert open_descriptors().keys() == before[2]
         assert_sums_up(server)
