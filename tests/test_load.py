@@ -374,7 +374,7 @@ async def test_a_flood_of_datagrams(
         assert seen.completed + seen.datagrams_dropped == sent + 2
         assert sent > 1000
         # Woken at the end of the tick it was due in, it may be the last in the next.
-        assert max(bystander.late) < 3 * ticks.longest + 0.001
+        assert max(bystander.late) < 3 * ticks.longest + 0.1
         assert max(bystander.active) <= DATAGRAM_TASKS
         assert figures["KiB more"] < 32 * 1024
 
