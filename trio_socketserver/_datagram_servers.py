@@ -12,6 +12,7 @@ import socket as socketlib
 import struct
 from typing import Any, Final
 
+from ._life import Life, attend
 from ._server import BaseServer
 from ._sockets import DatagramSocket
 from ._stream_servers import TCPServer
@@ -86,6 +87,12 @@ class UDPServer(TCPServer):
         if sender is None or sender.socket is not self.socket:
             sender = self._sender = DatagramSocket(self.socket)
         return (data, sender), client_address
+
+    def _start(self, life: Life) -> None:
+        if self._requests is not None and self.reuse_tasks:
+            self._requests.tasks.start_in_line(attend, self, self._handle, life)
+        else:
+            super()._start(life)
 
     async def shutdown_request(self, request: Any) -> None:
         """Close the request, which does nothing. No checkpoint."""

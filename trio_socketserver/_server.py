@@ -94,6 +94,13 @@ class BaseServer:
     cleanup_timeout: float = 5.0
     """Seconds that a handler's ``finish()``, and closing a request, may each take."""
 
+    reuse_tasks: bool = True
+    """Whether a task that has run a request may run others after it.
+
+    A request has a task to itself while it lasts, and the context variables of who started
+    it. False is for what keeps something per task and relies on the task's end.
+    """
+
     _default_max_tasks: int | None = None
     _one_at_a_time = True
     _batch = BATCH
@@ -412,9 +419,9 @@ class BaseServer:
 
     async def _accept_batch(self) -> None:
         assert self._requests is not None
+        if self._requests.is_cancelled():
+            return  # Another process may serve what comes now.
         for _ in range(self._batch):
-            if self._requests.is_cancelled():
-                return  # Another process may serve what comes now.
             if self._is_full() or not await self._accept():
                 return
             if self._loop.state is not LoopState.RUNNING:
@@ -490,10 +497,22 @@ class BaseServer:
         if self._accept_errors.delay:
             self._accept_errors.succeeded()
         self._counters.accepted += 1
-        await attend(self, self._admit, Life(request, client_address))
+        life = Life(request, client_address)
+        if self._admits_all():
+            # What _admit() would do. A quarter of a datagram, a twentieth of a connection.
+            self._start(life)
+        else:
+            await attend(self, self._admit, life)
         return True
 
     # -- a request's life ------------------------------------------------------------
+
+    def _admits_all(self) -> bool:
+        """Tell whether the hooks of the first stage do nothing but begin the second."""
+        return (
+            getattr(self.verify_request, "__func__", None) is _verify_request
+            and getattr(self.process_request, "__func__", None) is _process_request
+        )
 
     async def _admit(self, life: Life) -> None:
         """The first stage, in the loop's task: from accepting to handing on."""
@@ -522,6 +541,16 @@ class BaseServer:
         finally:
             self._queued -= 1
 
+    def _start(self, life: Life) -> None:
+        """Begin the second stage."""
+        requests = self._requests
+        if requests is None:
+            raise RuntimeError("process_request() needs a server that serves")
+        if self.reuse_tasks:
+            requests.tasks.start(attend, self, self._handle, life)
+        else:
+            requests.start_soon(attend, self, self._handle, life, name="request")
+
     def _handle(self, life: Life) -> Awaitable[None]:
         """The second stage, in the request's own task."""
         assert self._requests is not None
@@ -537,7 +566,7 @@ class BaseServer:
 
     def _count(self, life: Life) -> None:
         """Count a request that has ended; whoever waits for room looks again."""
-        counters, name = self._counters, life.outcome.value
+        counters, name = self._counters, life.outcome._value_
         setattr(counters, name, getattr(counters, name) + 1)
         if life.blames_peer:
             counters.peer_errors += 1
@@ -590,10 +619,7 @@ class BaseServer:
         It is called in the loop's task. An override that does not call this one has taken
         the request over, and closes it.
         """
-        if self._requests is None:
-            raise RuntimeError("process_request() needs a server that serves")
-        life = Life(request, client_address)
-        self._requests.start_soon(attend, self, self._handle, life, name="request")
+        self._start(Life(request, client_address))
         arriving = self._arriving
         if arriving is not None and (
             arriving.request is request
@@ -686,3 +712,7 @@ class BaseServer:
     def statistics(self) -> ServerStatistics:
         """Return what the server has done so far."""
         return self._counters.snapshot(self._datagrams_dropped())
+
+
+_verify_request = BaseServer.verify_request
+_process_request = BaseServer.process_request

@@ -238,7 +238,7 @@ class TCPServer(BaseServer):
         return TLSSocket.secured(connection, context, *timeouts), client_address
 
     def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
-        if isinstance(request, TLSSocket):
+        if type(request) is not StreamSocket and isinstance(request, TLSSocket):
             return self._run_secured(request, client_address)
         return super()._run_handler(request, client_address)
 
