@@ -122,6 +122,22 @@ def report(block: Block, folder: Path) -> None:
         assert program.end() == (0, "2 texts, 5 words\n", "")
 
 
+def test_what_a_child_has_not_counted_is_not_added(tmp_path: Path) -> None:
+    block = BLOCKS["creation_notes.rst: report.py"]
+    counting = "len(self.rfile.read().split())"
+    failing = rewritten(block, counting, f"6 // {counting}")
+    with Program.of(failing, tmp_path) as program:
+        address = program.address()
+        assert exchange(address, b"two words") == b"text 1: 3 words\n"
+        assert exchange(address, b"") == b""
+        program.interrupt()
+        code, printed, complaints = program.end()
+        assert (code, printed) == (0, "2 texts, 3 words\n")
+        assert complaints.endswith(
+            "ZeroDivisionError: integer division or modulo by zero\n"
+        )
+
+
 class Talk:
     """A plain client that says and hears lines."""
 
@@ -261,7 +277,14 @@ def words(block: Block, folder: Path) -> None:
                 assert say(address, "hello") == ["ask for all or sorted"]
                 shell("printf 'b\\na\\n' > words.txt", 0, folder)
                 assert client.hear() + client.hear() == answer
-        program.end_quietly()
+            with Talk(address) as idle:
+                assert idle.ask(b"hello\n") == b"ask for all or sorted\n"
+                client.say(b"sorted\n")  # The child waits for a writer who never comes.
+                program.interrupt()
+                assert idle.hear_all() == b""
+            program.interrupt()
+            assert client.hear_all() == b""
+        assert program.end() == (0, "", "")
 
 
 @scenario("creation_notes.rst: primes.py")
