@@ -1,0 +1,82 @@
+"""A TCP proxy: each connection is passed on to another server, bytes and ends alike.
+
+    python examples/proxy.py UPSTREAM_HOST UPSTREAM_PORT [PORT]
+
+Try it with a server behind it, of pages for example:
+
+    python -m http.server -b 127.0.0.1 8000 & python examples/proxy.py 127.0.0.1 8000
+    curl http://127.0.0.1:9999/
+
+Each direction ends by itself: who has said all may still be answered. But an error in one
+ends both, by a reset: a stream that was cut must not look like one that is complete.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+
+import trio
+
+from trio_socketserver import BaseRequestHandler, NurseryTCPServer, StreamSocket, run
+
+CONNECT_TIMEOUT = 10  # Seconds.
+IDLE_TIMEOUT = 3600  # Seconds in which nothing moves, either way.
+RESET_ON_CLOSE = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+
+
+class ProxyServer(NurseryTCPServer):
+    graceful_timeout = 10
+    upstream: tuple[str, int]
+    unreachable = up = down = 0
+
+
+class Tunnel(BaseRequestHandler):
+    request: StreamSocket
+    server: ProxyServer
+
+    async def handle(self) -> None:
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT):
+                upstream = await trio.open_tcp_stream(*self.server.upstream)
+        except (OSError, trio.TooSlowError) as error:
+            print(f"no way to the upstream server: {error!r}", flush=True)
+            self.server.unreachable += 1
+            return
+        async with upstream, self.request:
+            try:
+                await self.pass_on(upstream)
+            except BaseException:
+                for stream in (upstream, self.request):
+                    stream.setsockopt(*RESET_ON_CLOSE)
+                raise
+
+    async def pass_on(self, upstream: trio.SocketStream) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        with trio.fail_after(IDLE_TIMEOUT) as self.idle:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.pump, self.request, upstream, "up")
+                nursery.start_soon(self.pump, upstream, self.request, "down")
+
+    async def pump(
+        self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream, way: str
+    ) -> None:
+        """Pass on one direction, no faster than it is read, and its end."""
+        async for chunk in source:
+            await sink.send_all(chunk)
+            setattr(self.server, way, getattr(self.server, way) + len(chunk))
+            self.idle.deadline = trio.current_time() + IDLE_TIMEOUT
+        await sink.send_eof()
+
+
+if __name__ == "__main__":
+    server = ProxyServer(("127.0.0.1", int([*sys.argv, "9999"][3])), Tunnel)
+    server.upstream = sys.argv[1], int(sys.argv[2])
+    print("passing on {}:{}".format(*server.server_address), flush=True)
+    run(server)
+    seen = server.statistics()
+    print(
+        f"{seen.completed} connections passed on, {seen.failed + seen.cancelled} cut, "
+        f"{server.up} bytes up, {server.down} down"
+    )
