@@ -8,8 +8,6 @@ GET, SET, DEL and KEYS into the others; each is answered by one line, OK or ERRO
     openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -out CERT -keyout KEY
     openssl s_client -quiet -connect 127.0.0.1:9999
     socat - UNIX-CONNECT:/tmp/store
-
-A signal closes both servers: who waits is sent away at once, who is served gets an answer.
 """
 
 from __future__ import annotations
@@ -72,9 +70,10 @@ async def main(cert: str, key: str, port: str = "9999", path: str = "/tmp/store"
                 nursery.start_soon(server.serve_forever)
                 print("listening on", server.server_address, flush=True)
             await anext(signals)
+            # Both at once: who is idle is sent away, who is served gets the answer first.
             for server in (remote, local):
                 nursery.start_soon(server.server_close)
 
 
 if __name__ == "__main__":
-    trio.run(main, *sys.argv[1:])
+    trio.run(lambda: main(*sys.argv[1:]))

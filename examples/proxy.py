@@ -16,10 +16,12 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from collections import Counter
 
 import trio
+from trio.abc import HalfCloseableStream as Stream
 
-from trio_socketserver import BaseRequestHandler, NurseryTCPServer, StreamSocket, run
+from trio_socketserver import BaseRequestHandler, NurseryTCPServer, RequestTimeout, run
 
 CONNECT_TIMEOUT = 10  # Seconds.
 IDLE_TIMEOUT = 3600  # Seconds in which nothing moves, either way.
@@ -28,21 +30,19 @@ RESET_ON_CLOSE = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
 
 class ProxyServer(NurseryTCPServer):
     graceful_timeout = 10
+
     upstream: tuple[str, int]
-    unreachable = up = down = 0
+    counted: Counter[str]
 
 
 class Tunnel(BaseRequestHandler):
-    request: StreamSocket
-    server: ProxyServer
-
     async def handle(self) -> None:
         try:
             with trio.fail_after(CONNECT_TIMEOUT):
                 upstream = await trio.open_tcp_stream(*self.server.upstream)
         except (OSError, trio.TooSlowError) as error:
-            print(f"no way to the upstream server: {error!r}", flush=True)
-            self.server.unreachable += 1
+            print(f"no upstream: {error!r}", flush=True)
+            self.server.counted["unanswered"] += 1
             return
         async with upstream, self.request:
             try:
@@ -54,29 +54,25 @@ class Tunnel(BaseRequestHandler):
 
     async def pass_on(self, upstream: trio.SocketStream) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        with trio.fail_after(IDLE_TIMEOUT) as self.idle:
+        with trio.move_on_after(IDLE_TIMEOUT) as self.idle:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.pump, self.request, upstream, "up")
-                nursery.start_soon(self.pump, upstream, self.request, "down")
+                nursery.start_soon(self.pump, "bytes up", self.request, upstream)
+                nursery.start_soon(self.pump, "bytes down", upstream, self.request)
+        if self.idle.cancelled_caught:
+            raise RequestTimeout("nothing has moved, either way")
 
-    async def pump(
-        self, source: trio.abc.ReceiveStream, sink: trio.abc.HalfCloseableStream, way: str
-    ) -> None:
+    async def pump(self, way: str, source: Stream, sink: Stream) -> None:
         """Pass on one direction, no faster than it is read, and its end."""
         async for chunk in source:
             await sink.send_all(chunk)
-            setattr(self.server, way, getattr(self.server, way) + len(chunk))
+            self.server.counted[way] += len(chunk)
             self.idle.deadline = trio.current_time() + IDLE_TIMEOUT
         await sink.send_eof()
 
 
 if __name__ == "__main__":
     server = ProxyServer(("127.0.0.1", int([*sys.argv, "9999"][3])), Tunnel)
-    server.upstream = sys.argv[1], int(sys.argv[2])
+    server.upstream, server.counted = (sys.argv[1], int(sys.argv[2])), Counter()
     print("passing on {}:{}".format(*server.server_address), flush=True)
     run(server)
-    seen = server.statistics()
-    print(
-        f"{seen.completed} connections passed on, {seen.failed + seen.cancelled} cut, "
-        f"{server.up} bytes up, {server.down} down"
-    )
+    print(server.statistics(), dict(server.counted), sep="\n")
