@@ -68,7 +68,7 @@ async def main(cert: str, key: str, port: str = "9999", path: str = "/tmp/store"
             for server in (remote, local):
                 server.graceful_timeout = 10
                 nursery.start_soon(server.serve_forever)
-                print("listening on", server.server_address, flush=True)
+                print(f"listening on {server.server_address!r}", flush=True)
             await anext(signals)
             # Both at once: who is idle is sent away, who is served gets the answer first.
             for server in (remote, local):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import contextlib
 import functools
 import hashlib
+import http.client
 import importlib.util
 import logging
 import logging.handlers
 import os
+import random
 import re
 import shlex
 import shutil
@@ -32,6 +35,7 @@ import trio
 import trio.testing
 import trustme
 from helpers import (
+    close_with_reset,
     connect,
     is_refused,
     line_of,
@@ -42,6 +46,7 @@ from helpers import (
 )
 
 from trio_socketserver import NurseryTCPServer
+from trio_socketserver._cli import make_parser, parse_address
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -68,10 +73,12 @@ def end_of(process: subprocess.Popen[str]) -> str:
 
 
 class Client:
-    """A plain client of lines."""
+    """A plain client of lines, which speaks TLS if it is given a context."""
 
-    def __init__(self, address: Any) -> None:
+    def __init__(self, address: Any, context: ssl.SSLContext | None = None) -> None:
         self.sock = connect(address)
+        if context is not None:
+            self.sock = context.wrap_socket(self.sock, server_hostname="127.0.0.1")
         self.file = self.sock.makefile("rb")
 
     def __enter__(self) -> Client:
@@ -746,3 +753,564 @@ def test_preforked_echo_replaces_a_worker():
         assert err == (
             f"worker process {pid} has been ended by SIGKILL; another is started in 0.1 s\n"
         )
+
+
+# -- key_value_store.py --------------------------------------------------------------------
+
+
+def client_context(
+    authority: trustme.CA, certificate: trustme.LeafCert | None = None
+) -> ssl.SSLContext:
+    """Return the context of a client that has a certificate, or none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    if certificate is not None:
+        certificate.configure_cert(context)
+    return context
+
+
+def written(certificate: trustme.LeafCert, folder: Path) -> list[str]:
+    """Write a certificate, and its key, into files; return their names."""
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    cert.write_bytes(certificate.cert_chain_pems[0].bytes())
+    key.write_bytes(certificate.private_key_pem.bytes())
+    return [str(cert), str(key)]
+
+
+@contextlib.contextmanager
+def store(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Client, Client]]:
+    """Run the store, and yield it with a client over TLS and one of this machine."""
+    authority = trustme.CA()
+    files = written(authority.issue_cert("127.0.0.1"), folder)
+    path = str(folder / "store")
+    with example("key_value_store.py", *files, "0", path) as process:
+        tls, local = [
+            ast.literal_eval(line_of(process).removeprefix("listening on "))
+            for _ in range(2)
+        ]
+        assert local == path
+        with Client(tls, client_context(authority)) as remote, Client(local) as near:
+            yield process, remote, near
+
+
+def asked(client: Client, line: bytes) -> bytes:
+    client.say(line)
+    return client.hear()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_key_value_store_is_one_over_tls_and_a_unix_socket(number, tmp_path):
+    with store(tmp_path) as (process, remote, near):
+        assert asked(remote, b"SET a one two") == b"OK"
+        assert asked(near, b"GET a") == b"OK one two"
+        assert asked(near, b"SET b  3 ") == asked(near, b"SET a 1") == b"OK"
+        assert asked(remote, b"GET b") == b"OK 3"
+        assert asked(remote, b"KEYS") == b"OK a b"
+        assert asked(remote, b"DEL a") == b"OK"
+        assert asked(near, b"GET a") == asked(near, b"DEL a") == b"ERROR no such key"
+        assert asked(near, b"KEYS") == b"OK b"
+        process.send_signal(number)
+        assert remote.hear() == near.hear() == b""
+        assert end_of(process) == ""
+    assert not (tmp_path / "store").exists()
+
+
+def test_key_value_store_answers_errors_by_a_line(tmp_path):
+    usage = b"ERROR write GET key, SET key value, DEL key or KEYS"
+    with store(tmp_path) as (process, remote, near):
+        for client in (remote, near):
+            for line in (b"", b" ", b"GET", b"get a", b"SET a", b"DEL a b", b"KEYS a"):
+                assert asked(client, line) == usage
+            assert asked(client, b"SET \xff \x00") == b"OK"
+            assert asked(client, b"GET \xff") == b"OK \x00"
+            client.sock.sendall(b"SET b " + bytes(994))
+            assert client.hear() == b"ERROR the line is too long"
+            assert client.hear() == b""
+        assert end(process) == ""
+
+
+def test_key_value_store_does_not_do_what_was_cut_off(tmp_path):
+    with store(tmp_path) as (process, remote, near):
+        near.sock.sendall(b"SET a 1\nSET a 10")
+        near.sock.shutdown(socket.SHUT_WR)
+        assert near.hear() == b"OK"
+        assert near.hear() == b""
+        assert asked(remote, b"GET a") == b"OK 1"
+        assert end(process) == ""
+
+
+def test_key_value_store_has_a_limit(monkeypatch):
+    module = load("key_value_store.py")
+    monkeypatch.setattr(module, "MAX_KEYS", 2)
+    assert [module.answer(b"SET %d x" % key) for key in (1, 2, 1, 3)] == [
+        b"OK",
+        b"OK",
+        b"OK",
+        b"ERROR there are too many keys",
+    ]
+    assert module.answer(b"DEL 1") == module.answer(b"SET 3 x") == b"OK"
+
+
+def has_openssl() -> bool:
+    """Tell whether there is the program that the examples make certificates with."""
+    if shutil.which("openssl") is None:
+        return False
+    version = subprocess.run(
+        ["openssl", "version"], capture_output=True, check=True, text=True, timeout=20
+    ).stdout
+    return version.startswith("OpenSSL ") and version[8:10] not in ("0.", "1.")
+
+
+needs_openssl = pytest.mark.skipif(not has_openssl(), reason="no OpenSSL 3 program here")
+
+
+def make_certificates(name: str, folder: Path) -> None:
+    """Run the commands in an example's docstring that make certificates."""
+    docstring = ast.get_docstring(ast.parse((FOLDER / name).read_text())) or ""
+    commands = re.findall(
+        r"^    ((?:openssl req|for ).*(?:(?<=\\)\n.*)*)$", docstring, re.MULTILINE
+    )
+    assert commands
+    for command in commands:
+        subprocess.run(
+            ["sh", "-ec", command], cwd=folder, check=True, capture_output=True, timeout=60
+        )
+
+
+@contextlib.contextmanager
+def s_client(address: tuple[str, int], *options: str) -> Iterator[Any]:
+    """Run ``openssl s_client``; yield what it sends and what it shows."""
+    with subprocess.Popen(
+        ["openssl", "s_client", "-quiet", "-connect", "{}:{}".format(*address), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    ) as process:
+        watchdog = threading.Timer(20, process.kill)
+        watchdog.start()
+        try:
+            yield process.stdin, process.stdout
+        finally:
+            watchdog.cancel()
+            process.kill()
+            watchdog.join()
+
+
+@needs_openssl
+def test_key_value_store_with_the_commands_it_names(tmp_path):
+    make_certificates("key_value_store.py", tmp_path)
+    files = [str(tmp_path / name) for name in ("CERT", "KEY")]
+    with example("key_value_store.py", *files, "0", str(tmp_path / "s")) as process:
+        address = ast.literal_eval(line_of(process).removeprefix("listening on "))
+        with s_client(address) as (questions, answers):
+            for question, reply in {b"SET a 1\n": b"OK\n", b"GET a\n": b"OK 1\n"}.items():
+                questions.write(question)
+                assert answers.readline() == reply
+        line_of(process)
+        assert end(process) == ""
+
+
+# -- proxy.py ------------------------------------------------------------------------------
+
+
+class Proxied:
+    """A proxy, with the listening socket of the server behind it."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.stack = stack
+        self.listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.listener.settimeout(20)
+        port = self.listener.getsockname()[1]
+        self.process = stack.enter_context(example("proxy.py", "127.0.0.1", str(port), "0"))
+        self.address = printed_address(line_of(self.process))
+
+    def connection(self) -> tuple[socket.socket, socket.socket]:
+        """Return both ends of a new connection: the client's, and the server's."""
+        client = self.stack.enter_context(connect(self.address))
+        server = self.stack.enter_context(self.listener.accept()[0])
+        server.settimeout(20)
+        return client, server
+
+    def end(self) -> tuple[str, dict[str, int]]:
+        """Stop the proxy, or wait until it has; return its statistics."""
+        statistics, counted = end(self.process).splitlines()[-2:]
+        return statistics, ast.literal_eval(counted)
+
+
+@pytest.fixture
+def proxied() -> Iterator[Proxied]:
+    with contextlib.ExitStack() as stack:
+        yield Proxied(stack)
+
+
+def say_all(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("clients_first", [True, False])
+def test_proxy_passes_on_the_end_of_one_direction(proxied, clients_first):
+    ends = proxied.connection()
+    first, second = ends if clients_first else reversed(ends)
+    say_all(first, b"that is all")
+    assert receive_until_closed(second) == b"that is all"
+    # The other direction goes on.
+    for data in (b"more", b"and more"):
+        second.sendall(data)
+        assert first.recv(100) == data
+    say_all(second, b"end")
+    assert receive_until_closed(first) == b"end"
+    statistics, counted = proxied.end()
+    assert "(accepted=1, active=0, completed=1," in statistics
+    up, down = (11, 15) if clients_first else (15, 11)
+    assert counted == {"bytes up": up, "bytes down": down}
+
+
+def test_proxy_with_much_both_ways_and_readers_that_let_it_wait(proxied):
+    """More than the kernel holds. One direction is not read before the other has ended."""
+    client, server = proxied.connection()
+    up, down = (random.Random(n).randbytes(16 * 1024 * 1024) for n in range(2))
+    senders = [
+        threading.Thread(target=say_all, args=(client, up)),
+        threading.Thread(target=say_all, args=(server, down)),
+    ]
+    for sender in senders:
+        sender.start()
+    assert hashlib.sha256(receive_until_closed(server)).digest() == (
+        hashlib.sha256(up).digest()
+    )
+    assert senders[1].is_alive()
+    assert hashlib.sha256(receive_until_closed(client)).digest() == (
+        hashlib.sha256(down).digest()
+    )
+    for sender in senders:
+        sender.join()
+    assert proxied.end()[1] == {"bytes up": len(up), "bytes down": len(down)}
+
+
+@pytest.mark.parametrize("clients", [True, False])
+def test_proxy_passes_on_a_reset(proxied, clients):
+    ends = proxied.connection()
+    first, second = ends if clients else reversed(ends)
+    second.sendall(b"hello")
+    assert first.recv(100) == b"hello"
+    close_with_reset(first)
+    with pytest.raises(ConnectionResetError):
+        second.recv(100)
+    # The next one is served as if nothing had been.
+    client, server = proxied.connection()
+    say_all(client, b"hello")
+    assert receive_until_closed(server) == b"hello"
+    server.close()
+    assert receive_until_closed(client) == b""
+    statistics, _ = proxied.end()
+    assert "(accepted=2, active=0, completed=1, failed=1," in statistics
+    assert "peer_errors=1," in statistics
+
+
+def test_proxy_whose_server_is_not_there(proxied):
+    proxied.listener.close()
+    for _ in range(2):
+        with connect(proxied.address) as client:
+            assert receive_until_closed(client) == b""
+        assert line_of(proxied.process).startswith("no upstream: OSError('all attempts ")
+    statistics, counted = proxied.end()
+    assert "(accepted=2, active=0, completed=2," in statistics
+    assert counted == {"unanswered": 2}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_proxy_lets_a_transfer_end(proxied, number):
+    client, server = proxied.connection()
+    client.sendall(b"some")
+    assert server.recv(100) == b"some"
+    proxied.process.send_signal(number)
+    while not is_refused(proxied.address):  # It has taken the signal.
+        pass
+    proxied.listener.close()  # And whoever else has come cannot go on.
+    say_all(client, b" and all")
+    assert receive_until_closed(server) == b" and all"
+    say_all(server, b"thank you")
+    assert receive_until_closed(client) == b"thank you"
+    counted = ast.literal_eval(end_of(proxied.process).splitlines()[-1])
+    assert (counted["bytes up"], counted["bytes down"]) == (12, 9)
+
+
+def test_proxy_cuts_a_transfer_at_the_second_signal(proxied):
+    client, server = proxied.connection()
+    client.sendall(b"some")
+    assert server.recv(100) == b"some"
+    proxied.process.send_signal(signal.SIGTERM)
+    while not is_refused(proxied.address):
+        pass
+    proxied.process.send_signal(signal.SIGTERM)
+    for sock in (client, server):
+        with pytest.raises(ConnectionResetError):
+            sock.recv(100)
+    statistics, counted = end_of(proxied.process).splitlines()[-2:]
+    assert re.search(r"active=0, .*cancelled=[1-9]", statistics)
+    assert ast.literal_eval(counted)["bytes up"] == 4
+
+
+async def test_proxy_ends_what_is_idle(mock_clock):
+    module = load("proxy.py")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = module.ProxyServer(("127.0.0.1", 0), module.Tunnel)
+        server.upstream, server.counted = listener.getsockname(), module.Counter()
+        async with server, trio.open_nursery() as nursery:
+            with connect(server.server_address) as client:
+                nursery.start_soon(server.handle_request)
+                behind, _ = await trio.to_thread.run_sync(listener.accept)
+                with behind:
+                    await trio.testing.wait_all_tasks_blocked()
+                    mock_clock.jump(module.IDLE_TIMEOUT - 1)
+                    client.sendall(b"still here")
+                    assert await trio.to_thread.run_sync(behind.recv, 100) == b"still here"
+                    await trio.testing.wait_all_tasks_blocked()
+                    mock_clock.jump(module.IDLE_TIMEOUT - 1)
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert server.statistics().active == 1
+                    mock_clock.jump(2)
+                    for sock in (client, behind):
+                        with pytest.raises(ConnectionResetError):
+                            await trio.to_thread.run_sync(sock.recv, 100)
+    assert server.statistics().peer_errors == 1
+
+
+# -- client_certificates.py ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_client_certificates(number, tmp_path):
+    authority, another = trustme.CA(), trustme.CA()
+    files = written(authority.issue_cert("127.0.0.1"), tmp_path)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+
+    def context_of(name: str, issuer: trustme.CA = authority) -> ssl.SSLContext:
+        certificate = issuer.issue_cert(f"{name}@example.org", common_name=name)
+        return client_context(authority, certificate)
+
+    def refusal(context: ssl.SSLContext) -> str:
+        with pytest.raises(ssl.SSLError), Client(address, context) as client:
+            client.hear()
+        return line_of(process)
+
+    with example(
+        "client_certificates.py", str(tmp_path / "ca.pem"), *files, "0", "ann", "cid"
+    ) as process:
+        address = printed_address(line_of(process))
+        with Client(address, context_of("ann")) as ann:
+            assert ann.hear() == b"welcome, ann"
+            assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in refusal(client_context(authority))
+            assert "CERTIFICATE_VERIFY_FAILED" in refusal(context_of("ann", another))
+            with Client(address, context_of("bob")) as bob:
+                assert bob.hear() == b"you may not come in, bob"
+                assert bob.hear() == b""
+            with Client(address, context_of("cid")) as cid:
+                assert cid.hear() == b"welcome, cid"
+                assert asked(cid, b"hello") == b"cid: hello"
+            assert asked(ann, b"still here") == b"ann: still here"
+            process.send_signal(number)
+            assert ann.hear() == b""
+        assert end_of(process) == "3 known, 1 turned away\n"
+
+
+@needs_openssl
+def test_client_certificates_with_the_commands_it_names(tmp_path):
+    make_certificates("client_certificates.py", tmp_path)
+    files = [str(tmp_path / f"{n}.pem") for n in ("ca", "localhost")]
+    files.append(str(tmp_path / "localhost.key"))
+    with example("client_certificates.py", *files, "0", "ann") as process:
+        address = printed_address(line_of(process))
+        for name, greeting in {
+            "ann": b"welcome, ann\n",
+            "bob": b"you may not come in, bob\n",
+        }.items():
+            paths = [str(tmp_path / f"{name}.{kind}") for kind in ("pem", "key")]
+            options = ["-cert", paths[0], "-key", paths[1]]
+            with s_client(address, *options) as (_, shown):
+                assert shown.readline() == greeting
+        with s_client(address) as (_, shown):
+            assert shown.readline() == b""
+        assert "PEER_DID_NOT_RETURN_A_CERTIFICATE" in line_of(process)
+        assert end(process) == "2 known, 1 turned away\n"
+
+
+# -- prometheus_metrics.py -----------------------------------------------------------------
+
+
+def scraped(address: tuple[str, int]) -> dict[str, float]:
+    """Ask for the metrics; return the echo server's, by name and perhaps outcome."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    connection = http.client.HTTPConnection(*address, timeout=20)
+    try:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    finally:
+        connection.close()
+    return {
+        sample.labels.get("outcome", sample.name.removeprefix("echo_")): sample.value
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name in ("echo_accepted_total", "echo_active", "echo_ended_total")
+    }
+
+
+NOTHING_YET = dict.fromkeys(
+    ("accepted_total", "active", "completed", "failed", "rejected", "cancelled"), 0
+)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_prometheus_metrics(number):
+    pytest.importorskip("prometheus_client")
+    with example("prometheus_metrics.py", "0", "0") as process:
+        metrics, echo = [printed_address(line_of(process)) for _ in range(2)]
+        assert scraped(metrics) == NOTHING_YET
+        with Client(echo) as first, Client(echo) as second, Client(metrics) as mute:
+            assert asked(first, b"hello") == asked(second, b"hello") == b"hello"
+            assert scraped(metrics) == NOTHING_YET | {"accepted_total": 2, "active": 2}
+            first.sock.shutdown(socket.SHUT_WR)
+            assert first.hear() == b""
+            second.file.close()
+            close_with_reset(second.sock)
+            while (seen := scraped(metrics))["active"]:
+                pass  # The server has not come to it yet.
+            ended = {"accepted_total": 2, "completed": 1, "failed": 1}
+            assert seen == NOTHING_YET | ended
+            process.send_signal(number)
+            assert mute.hear() == b""
+        assert end_of(process) == ""
+
+
+async def test_prometheus_metrics_last_as_long_as_the_server(mock_clock, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    module = load("prometheus_metrics.py")
+    printed, started = [], trio.Event()
+
+    def show(line: str, flush: bool = False) -> None:
+        printed.append(printed_address(line))
+        if len(printed) == 2:
+            started.set()
+
+    monkeypatch.setattr(module, "print", show, raising=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(module.main, 0, 0)
+        await started.wait()
+        metrics, echo = printed
+        with Client(echo) as client:
+            await trio.testing.wait_all_tasks_blocked()
+            signal.raise_signal(signal.SIGTERM)
+            while not is_refused(echo):
+                await trio.lowlevel.checkpoint()
+            # The client may still say something: it is given a second for it.
+            seen = await trio.to_thread.run_sync(scraped, metrics)
+            assert seen["active"] == seen["accepted_total"] - seen["completed"] >= 1
+            mock_clock.jump(2)
+            assert await trio.to_thread.run_sync(client.hear) == b""
+
+
+# -- systemd/ ------------------------------------------------------------------------------
+
+UNITS = FOLDER / "systemd"
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(delimiters="=", interpolation=None)
+    parser.optionxform = str
+    parser.read_string((UNITS / name).read_text())
+    return parser
+
+
+def command_of_the_service() -> list[str]:
+    """Return what stands behind ``python`` in ``ExecStart``."""
+    _python, *command = shlex.split(unit("echo.service")["Service"]["ExecStart"])
+    return command
+
+
+def test_systemd_units_say_what_the_command_takes():
+    service = unit("echo.service")["Service"]
+    module, *arguments = command_of_the_service()[1:]
+    options = make_parser().parse_args(arguments)
+    assert module == "trio_socketserver"
+    assert options.bind is options.fd is None
+    assert options.graceful_timeout < float(service["TimeoutStopSec"])
+    assert (service["KillSignal"], service["KillMode"]) == ("SIGTERM", "mixed")
+    assert unit("echo.service")["Unit"]["Requires"] == "echo.socket"
+    address = unit("echo.socket")["Socket"]["ListenStream"]
+    assert parse_address(address) == (socket.AF_INET, ("127.0.0.1", 7777))
+    # Without its own port the service needs an address of no family but these.
+    families = service["RestrictAddressFamilies"].split()
+    assert {"AF_UNIX", "AF_INET", "AF_INET6"} == set(families)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_understands_the_units(tmp_path):
+    python = shlex.split(unit("echo.service")["Service"]["ExecStart"])[0]
+    for path in UNITS.iterdir():
+        # It looks whether the program is there.
+        text = path.read_text().replace(python, sys.executable)
+        (tmp_path / path.name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "echo." not in done.stdout + done.stderr
+    assert done.returncode == 0
+
+
+@contextlib.contextmanager
+def activated(listener: socket.socket) -> Iterator[subprocess.Popen[str]]:
+    """Start the service as systemd does: *listener* is its descriptor 3."""
+    start = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3); "
+        "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+    )
+    number = listener.fileno()
+    command = ["-c", start, str(number), "-W", "error", *command_of_the_service()]
+    with running(*command, pass_fds=[number]) as process:
+        yield process
+
+
+def test_systemd_s_socket_outlives_the_service():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(2):
+            # Each time the client is there first, and waits in the socket.
+            with Client(listener.getsockname()) as client, activated(listener) as process:
+                assert printed_address(line_of(process)) == listener.getsockname()
+                assert line_of(process).startswith("try: ")
+                assert asked(client, b"hello") == b"hello"
+                process.send_signal(signal.SIGTERM)
+                assert client.hear() == b""
+                assert end_of(process) == "accepted 1, completed 1\n"
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None, reason="no systemd here"
+)
+def test_systemd_s_program_that_stands_in_for_it(tmp_path):
+    path = str(tmp_path / "socket")
+    (tried,) = re.findall(
+        r"^# +(systemd-socket-activate .*)$",
+        (UNITS / "echo.service").read_text(),
+        re.MULTILINE,
+    )
+    python = f"{shlex.quote(sys.executable)} -W error"
+    command = tried.replace("-l 7777", f"-l {shlex.quote(path)} -E PYTHONPATH")
+    command = shlex.split(command.replace("python", python, 1))
+    assert command[-2:] == ["--graceful-timeout", "20"]
+    start = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+    with running("-c", start, *command) as process:
+        assert "Listening on" in process.stderr.readline()
+        with Client(path) as client:
+            assert asked(client, b"hello") == b"hello"
+            assert line_of(process) == f"serving EchoStream on unix:{path}\n"
+            process.send_signal(signal.SIGTERM)
+            assert client.hear() == b""
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.endswith("accepted 1, completed 1\n")
