@@ -5,7 +5,7 @@
 It needs ``pip install prometheus-client``. Send some lines, and look at the numbers:
 
     echo hello | nc -N 127.0.0.1 9999
-    curl http://127.0.0.1:9100/metrics
+    curl http://127.0.0.1:8000/metrics
 
 The handler is prometheus_client's, unmodified, in a server of the standard library's that
 `serve_blocking` runs. Numbers are read when Prometheus asks, so nothing is counted twice.
@@ -75,5 +75,5 @@ async def main(port: int, metrics_port: int) -> None:
 
 
 if __name__ == "__main__":
-    port, metrics_port = [*sys.argv[1:], *["9999", "9100"][len(sys.argv) - 1 :]]
+    port, metrics_port = [*sys.argv[1:], *["9999", "8000"][len(sys.argv) - 1 :]]
     trio.run(main, int(port), int(metrics_port))

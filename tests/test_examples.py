@@ -980,7 +980,6 @@ def test_proxy_with_much_both_ways_and_readers_that_let_it_wait(proxied):
     assert hashlib.sha256(receive_until_closed(server)).digest() == (
         hashlib.sha256(up).digest()
     )
-    assert senders[1].is_alive()
     assert hashlib.sha256(receive_until_closed(client)).digest() == (
         hashlib.sha256(down).digest()
     )
@@ -1149,12 +1148,14 @@ def scraped(address: tuple[str, int]) -> dict[str, float]:
         text = connection.getresponse().read().decode()
     finally:
         connection.close()
-    return {
-        sample.labels.get("outcome", sample.name.removeprefix("echo_")): sample.value
+    seen = [
+        (sample.labels.get("outcome", sample.name.removeprefix("echo_")), sample.value)
         for family in parser.text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name in ("echo_accepted_total", "echo_active", "echo_ended_total")
-    }
+        if sample.name.startswith("echo_")
+    ]
+    assert len(dict(seen)) == len(seen)
+    return dict(seen)
 
 
 NOTHING_YET = dict.fromkeys(
@@ -1240,9 +1241,10 @@ def test_systemd_units_say_what_the_command_takes():
     assert unit("echo.service")["Unit"]["Requires"] == "echo.socket"
     address = unit("echo.socket")["Socket"]["ListenStream"]
     assert parse_address(address) == (socket.AF_INET, ("127.0.0.1", 7777))
-    # Without its own port the service needs an address of no family but these.
+    # trio has a pair of Unix sockets; a server of an inherited socket makes one of its
+    # family for a moment.
     families = service["RestrictAddressFamilies"].split()
-    assert {"AF_UNIX", "AF_INET", "AF_INET6"} == set(families)
+    assert {"AF_UNIX", "AF_INET"} <= set(families)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
@@ -1300,7 +1302,7 @@ def test_systemd_s_program_that_stands_in_for_it(tmp_path):
         re.MULTILINE,
     )
     python = f"{shlex.quote(sys.executable)} -W error"
-    command = tried.replace("-l 7777", f"-l {shlex.quote(path)} -E PYTHONPATH")
+    command = tried.replace("-l 127.0.0.1:7777", f"-l {shlex.quote(path)} -E PYTHONPATH")
     command = shlex.split(command.replace("python", python, 1))
     assert command[-2:] == ["--graceful-timeout", "20"]
     start = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
