@@ -24,7 +24,7 @@ import textwrap
 import tomllib
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,7 +48,13 @@ from trio_socketserver._crew import (
     STEADY_AFTER,
 )
 from trio_socketserver._draining import FIRST_LINE_GRACE
-from trio_socketserver._files import LINES_IN_A_ROW, MAX_LINE_SIZE, WRITE_BUFFER_SIZE
+from trio_socketserver._files import (
+    LINES_IN_A_ROW,
+    MAX_LINE_SIZE,
+    WRITE_BUFFER_SIZE,
+    StreamReader,
+    StreamWriter,
+)
 from trio_socketserver._forking import BATCH as FORKING_BATCH
 from trio_socketserver._fresh_interpreter import MAIN_AGAIN
 from trio_socketserver._hooks import COROUTINE_HOOKS, PLAIN_HOOKS
@@ -758,6 +764,163 @@ def several(block: Block, folder: Path) -> None:
         assert say(public, "a") == ["a"]
         assert say(public, "b") == ["b"]
         assert say(admin, "?") == ["2 requests"]
+
+
+# -- handlers that can be cancelled --------------------------------------------------------
+
+
+@scenario("cancellation.rst: orders.py")
+def orders(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert exchange(address, b"lamp\npaid\n") == b"reserved, now pay\nyours\n"
+        assert say(address, "vase", "no") == ["reserved, now pay", ""]
+        assert program.line() == "released vase"
+        with connect(address) as client, client.makefile("rb") as answers:
+            client.sendall(b"book\n")
+            assert answers.readline() == b"reserved, now pay\n"
+            program.interrupt()
+            assert answers.read() == b""
+        assert program.end() == (0, "released book\n", "")
+
+
+@scenario("cancellation.rst: transfer.py")
+def transfer(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        assert say(program.address(), "ann bob 30", "bob ann 1") == ["done", "done"]
+        program.end_quietly()
+
+    # Also from a row of which the second statement fails, and so must not do the first.
+    namespace = loaded(block)
+    bank = namespace["Bank"](("127.0.0.1", 0), namespace["Transfer"])
+
+    async def main() -> list[tuple[str, int]]:
+        async with bank, trio.open_nursery() as nursery:
+            nursery.start_soon(bank.serve_forever)
+            assert await in_thread(exchange, bank.server_address, b"ann bob 30\n")
+            bank.database.execute(
+                "CREATE TRIGGER broken BEFORE UPDATE ON account WHEN new.name = 'bob' "
+                "BEGIN SELECT raise(ABORT, 'broken'); END"
+            )
+            assert not await in_thread(exchange, bank.server_address, b"ann bob 30\n")
+            await bank.shutdown()
+            return list(bank.database.execute("SELECT * FROM account"))
+
+    assert trio.run(main) == [("ann", 70), ("bob", 130)]
+
+
+class RecordingConnection:
+    """A database that is awaited, and notes what it has been asked."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.done: list[str] = []
+        self.broken = broken
+
+    async def execute(self, statement: str) -> None:
+        await trio.sleep(1)
+        if statement == self.broken:
+            await trio.sleep_forever()
+        self.done.append(statement)
+
+
+@scenario("cancellation.rst: transaction")
+def transaction(block: Block, folder: Path) -> None:
+    namespace: dict[str, Any] = {"trio": trio, "asynccontextmanager": asynccontextmanager}
+    exec(block.text, namespace)
+
+    async def changed(connection: RecordingConnection, patience: float) -> bool:
+        """Tell whether it was cancelled."""
+        with trio.move_on_after(patience) as scope:
+            async with namespace["transaction"](connection):
+                await connection.execute("CHANGE")
+        return scope.cancelled_caught
+
+    async def main() -> None:
+        for patience, done in (
+            (0.5, ["ROLLBACK"]),
+            (1.5, ["BEGIN", "ROLLBACK"]),
+            (2.5, ["BEGIN", "CHANGE", "COMMIT"]),
+            (math.inf, ["BEGIN", "CHANGE", "COMMIT"]),
+        ):
+            connection = RecordingConnection()
+            assert await changed(connection, patience) is (patience < 2)
+            assert connection.done == done
+        connection = RecordingConnection(broken="COMMIT")
+        with pytest.raises(trio.TooSlowError):
+            await changed(connection, math.inf)
+        assert connection.done == ["BEGIN", "CHANGE", "ROLLBACK"]
+        connection = RecordingConnection(broken="ROLLBACK")
+        assert await changed(connection, 1.5)
+        assert connection.done == ["BEGIN"]
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@scenario("cancellation.rst: ticker.py")
+def ticker(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        address = program.address()
+        assert exchange(address, b"").endswith(b"bye\n")
+        with connect(address) as client, client.makefile("rb") as answers:
+            assert answers.readline() == b"tick 1\n"
+            client.sendall(b"0.01\n")
+            assert [answers.readline() for _ in range(3)] == [
+                b"tick %d\n" % number for number in (2, 3, 4)
+            ]
+            program.interrupt()
+            assert answers.read().endswith(b"bye\n")
+        assert program.end() == (0, "", "")
+
+
+@scenario("cancellation.rst: test_orders.py")
+def cancelled_everywhere(block: Block, folder: Path) -> None:
+    pytest.importorskip("trio_socketserver.testing")
+    source = BLOCKS["cancellation.rst: orders.py"].text
+    unshielded = source.replace(", shield=True", "")
+    assert unshielded != source
+    for text, passes in ((source, True), (unshielded, False)):
+        orders = loaded(
+            dataclasses.replace(BLOCKS["cancellation.rst: orders.py"], text=text)
+        )
+        with imported_as("orders", Order=orders["Order"], Shop=orders["Shop"]):
+            test = loaded(block)["test_nothing_stays_reserved"]
+        clock = trio.testing.MockClock(autojump_threshold=0)
+        if passes:
+            trio.run(test, clock, clock=clock)
+        else:
+            with pytest.raises(AssertionError):
+                trio.run(test, clock, clock=clock)
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        f"``cleanup_timeout`` seconds ({trio_socketserver.BaseServer.cleanup_timeout:g})",
+        f"after twice ``cleanup_timeout`` and {EXIT_TIMEOUT:g} s",
+    ],
+)
+def test_numbers_of_cancellation(phrase: str) -> None:
+    text = " ".join((ROOT / "docs" / "cancellation.rst").read_text().split())
+    assert phrase in text
+
+
+def test_the_table_of_what_was_done_is_complete() -> None:
+    """Every coroutine method that talks to the peer stands in the table."""
+    table = rst_tables("cancellation.rst", "Where it can happen")
+    (rows,) = table.values()
+    named = set(re.findall(r"\w+", " ".join(cell for cell, _ in rows)))
+    awaited = {
+        name
+        for owner in (
+            trio_socketserver.StreamSocket,
+            trio_socketserver.DatagramSocket,
+            StreamReader,
+            StreamWriter,
+        )
+        for name, method in inspect.getmembers(owner, inspect.iscoroutinefunction)
+        if not name.startswith("_")
+    }
+    assert awaited - named == {"receive_idle"}
 
 
 # -- porting: the same client, before and after --------------------------------------------
