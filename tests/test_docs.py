@@ -1568,9 +1568,10 @@ def load_picture() -> Any:
     return module
 
 
-def test_picture_shows_every_transition() -> None:
+@pytest.mark.parametrize("layout", ["WIDE", "TALL"])
+def test_picture_shows_every_transition(layout: str) -> None:
     picture = load_picture()
-    svg = ET.fromstring(picture.draw())
+    svg = ET.fromstring(picture.draw(layout=getattr(picture, layout)))
     texts = [element.text for element in svg.iter("text")]
     assert [text for text in texts if text in LoopState.__members__] == [
         state.name for state in LoopState
@@ -1605,6 +1606,48 @@ def test_picture_follows_the_table() -> None:
         for table in (TRANSITIONS, fewer)
     )
     assert less == whole - 1
+
+
+@pytest.mark.parametrize("layout", ["WIDE", "TALL"])
+def test_everything_is_inside_the_picture_and_no_caption_on_another(layout: str) -> None:
+    """Widths of text are guessed, and generously."""
+    picture = load_picture()
+    svg = ET.fromstring(picture.draw(layout=getattr(picture, layout)))
+    *_, width, height = map(float, svg.get("viewBox", "").split())
+    for path in svg.iter("path"):
+        start, control, end = (
+            tuple(map(float, point.split(",")))
+            for point in re.findall(r"[\d.-]+,[\d.-]+", path.get("d", ""))
+        )
+        middle = [(a + 2 * c + b) / 4 for a, c, b in zip(start, control, end, strict=True)]
+        assert 0 < middle[0] < width
+        assert 0 < middle[1] < height
+    boxes = []
+    for element in svg.iter("text"):
+        x, y = float(element.get("x", "")), float(element.get("y", ""))
+        half = len(element.text or "") * 7.5 / 2
+        boxes.append((x - half, x + half, y))
+        assert -6 < x - half < x + half < width + 6, element.text
+        assert 8 < y < height
+    for index, (left, right, y) in enumerate(boxes):
+        for other_left, other_right, other_y in boxes[:index]:
+            apart = right < other_left or other_right < left
+            assert apart or abs(y - other_y) > 10
+
+
+def test_one_picture_is_shown_on_each_screen() -> None:
+    style = (ROOT / "docs" / "_static" / "style.css").read_text()
+    queries = re.findall(
+        r"@media \((min|max)-width: ([\d.]+)rem\) \{\s*\.loop\.(\w+) \{\s*display: none;",
+        style,
+    )
+    (least, most) = (
+        next(float(size) for side, size, name in queries if (side, name) == hidden)
+        for hidden in (("min", "tall"), ("max", "wide"))
+    )
+    assert 0 < least - most < 0.1
+    names = [layout.name for layout in load_picture().LAYOUTS]
+    assert sorted(names) == sorted(name for *_, name in queries)
 
 
 def test_table_under_the_picture() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from docutils import nodes
 from docutils.statemachine import StringList
-from loop_picture import draw, tabulate
+from loop_picture import LAYOUTS, draw, tabulate
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -13,10 +13,11 @@ class Lifecycle(SphinxDirective):
     """``.. lifecycle::``."""
 
     def run(self) -> list[nodes.Node]:
-        """Return the picture and the table."""
+        """Return the picture, once for each width of screen, and the table."""
         table = nodes.container()
         self.state.nested_parse(StringList(tabulate(), "lifecycle"), 0, table)
-        return [nodes.raw("", draw(), format="html"), *table.children]
+        pictures = "".join(draw(layout=layout) for layout in LAYOUTS)
+        return [nodes.raw("", pictures, format="html"), *table.children]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
