@@ -26,6 +26,7 @@ extensions = [
     "sphinxcontrib_trio",
     "outside_names",
     "lifecycle",
+    "module_map",
     "completeness",
 ]
 # sphinxcontrib-trio, which shows coroutine methods as they are called, extends autodoc's
