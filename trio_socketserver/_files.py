@@ -117,9 +117,11 @@ class StreamReader:
     What `io.BufferedReader` has not: iteration asks for the next *request line* and ends
     when the server drains; `readexactly` and `readuntil`; a bound on the length of a line.
 
-    Every method waits for the peer, raises what the stream's ``receive_some`` raises
-    (`ConnectionBroken`, `RequestTimeout`), and can be cancelled without loss: what had
-    arrived stays in the buffer.
+    Every method may wait for the peer, and raises what the stream's ``receive_some`` raises
+    (`ConnectionBroken`, `RequestTimeout`).
+
+    Cancellation: nothing has been taken. What has arrived stays in the buffer, for the next
+    call. (`readlines` loses the lines that it has read.)
 
     Args:
         stream: where the bytes come from. Closing it is not the reader's business.
@@ -227,6 +229,9 @@ class StreamReader:
 
         Returns:
             The number of bytes written to it.
+
+        Raises:
+            TypeError: it cannot be written to.
         """
         with _writable(buffer) as view:
             data = await self._gather(len(view))
@@ -238,6 +243,9 @@ class StreamReader:
 
         Returns:
             The number of bytes written to it.
+
+        Raises:
+            TypeError: it cannot be written to.
         """
         with _writable(buffer) as view:
             data = await self.read1(len(view))
@@ -249,6 +257,7 @@ class StreamReader:
 
         Raises:
             IncompleteRead: the stream ended before; ``partial`` holds what came.
+            ValueError: *size* is negative.
         """
         if size < 0:
             raise ValueError("readexactly() needs a size that is not negative")
@@ -332,6 +341,10 @@ class StreamReader:
 
         Args:
             hint: stop after the line with which more bytes than that have been read.
+
+        Raises as `readline` does.
+
+        Cancellation: the lines that have been read are lost.
         """
         bound = math.inf if hint is None or hint <= 0 else hint
         lines = []
@@ -350,6 +363,7 @@ class StreamReader:
         Raises:
             IncompleteRead: the stream ended before; ``partial`` holds what came.
             LineTooLong: no separator within ``max_line_size`` bytes. Nothing is consumed.
+            ValueError: *separator* is empty.
         """
         if not separator:
             raise ValueError("readuntil() needs a separator")
@@ -399,7 +413,10 @@ class StreamWriter:
     """``wfile``: the methods of a binary file open for writing, awaited, over a stream.
 
     Every method that writes raises what the stream's ``send_all`` raises
-    (`ConnectionBroken`, `RequestTimeout`). Cancelled, it may have sent a part.
+    (`ConnectionBroken`, `RequestTimeout`).
+
+    Cancellation: nothing, a part, or all may have been sent. What has only been collected
+    is still sent by the next `flush`.
 
     Args:
         stream: where the bytes go. Closing it is not the writer's business.
@@ -452,7 +469,10 @@ class StreamWriter:
         await self.write(b"".join(lines))
 
     async def flush(self) -> None:
-        """Send what has been collected. What a failed flush held is dropped."""
+        """Send what has been collected.
+
+        What a flush held that has failed, or was cancelled, is dropped.
+        """
         if not self._pending:
             await checkpoint()
             return

@@ -130,7 +130,10 @@ class ForkingMixIn(BaseServer):
     async def collect_children(self, *, blocking: bool = False) -> None:
         """Wait for the children that there are, if *blocking*.
 
-        Otherwise there is nothing to do: each child is waited for by its request.
+        Otherwise there is nothing to do: each child is waited for by its request. Raises
+        nothing.
+
+        Cancellation: only the waiting ends.
         """
         await trio.lowlevel.checkpoint()
         while blocking and self.active_children:

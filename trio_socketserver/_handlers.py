@@ -39,7 +39,7 @@ class BaseRequestHandler:
 
     Args:
         request: the connection, a `StreamSocket`; of a datagram server, the pair of the
-            datagram's bytes and a `DatagramSocket`.
+            datagram's bytes and a `DatagramSocket`. The server closes it afterwards.
         client_address: where the request came from.
         server: the server. (Annotate the attribute with your server class.)
 
@@ -145,7 +145,10 @@ class StreamRequestHandler(BaseRequestHandler):
         )
 
     async def finish(self) -> None:
-        """Flush ``wfile``. No checkpoint if it holds nothing."""
+        """Flush ``wfile``. No checkpoint if it holds nothing.
+
+        Raises, and is cancelled, as `StreamWriter.flush`; but servers shield it.
+        """
         if self.wfile.pending:
             await self.wfile.flush()
 
@@ -178,7 +181,10 @@ class DatagramRequestHandler(BaseRequestHandler):
         self.wfile = BytesIO()
 
     async def finish(self) -> None:
-        """Send the reply, if there is one."""
+        """Send the reply, if there is one.
+
+        Raises, and is cancelled, as `DatagramSocket.sendto`; but servers shield it.
+        """
         if self._handled and (reply := self.wfile.getvalue()):
             await self.socket.sendto(reply, self.client_address)
 

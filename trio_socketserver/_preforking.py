@@ -185,7 +185,8 @@ class PreforkingMixIn(BaseServer):
     async def shutdown(self) -> None:
         """Stop `serve_forever()`, and wait until no worker accepts any more.
 
-        As `BaseServer.shutdown`. In a worker it is the program's server that is stopped.
+        In a worker it is the program's server that is stopped. Raises, and is cancelled, as
+        `BaseServer.shutdown`.
         """
         if not await self._has_told(News.SHUTDOWN):
             await super().shutdown()
@@ -193,7 +194,8 @@ class PreforkingMixIn(BaseServer):
     async def server_close(self) -> None:
         """Stop accepting, have the workers wait for their requests, and wait for them.
 
-        As `BaseServer.server_close`. In a worker it is the program's server that is closed.
+        In a worker it is the program's server that is closed. Raises, and is cancelled, as
+        `BaseServer.server_close`.
         """
         if not await self._has_told(News.SERVER_CLOSE):
             await super().server_close()

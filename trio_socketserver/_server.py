@@ -74,6 +74,12 @@ class BaseServer:
 
     Raises:
         TypeError: it is no handler, or of a colour that the server does not run.
+        RuntimeError: by ``async with``: the server has been entered already.
+
+    The server closes what it has accepted, and its listening socket.
+
+    Cancellation: around ``async with server:`` it cancels the requests. They are finished,
+    closed and joined before the block is left.
 
     Attributes:
         server_address: as given; socket servers replace it by the address they have bound.
@@ -291,6 +297,8 @@ class BaseServer:
         ``graceful_timeout``. Idempotent. Called from inside one of the server's requests,
         or from a hook of its loop, it starts all that and returns without waiting.
 
+        Raises nothing: what has ended the server is raised where it was entered.
+
         Cancellation: what has been started goes on; only the waiting ends.
         """
         requests = self._requests
@@ -352,6 +360,8 @@ class BaseServer:
         nothing else to wait for it).
 
         Raises what `serve_forever` raises. `shutdown()` makes it return.
+
+        Cancellation: as that of `serve_forever`.
         """
         await self._run_loop(self._serve_one, trio.TASK_STATUS_IGNORED)
 
@@ -360,7 +370,7 @@ class BaseServer:
 
         Unlike in `socketserver` it may be called by anyone at any time, a handler included,
         and never deadlocks. Before the first loop has begun it is remembered for that one;
-        after a loop has stopped it does nothing until the next.
+        after a loop has stopped it does nothing until the next. Raises nothing.
 
         Cancellation: the loop stops all the same; only the waiting ends.
         """
@@ -589,7 +599,7 @@ class BaseServer:
         raise NotImplementedError(f"{type(self).__qualname__} has no fileno()")
 
     def server_bind(self) -> None:
-        """Bind the socket."""
+        """Bind the socket, as the constructor does."""
 
     def server_activate(self) -> None:
         """Make the server ready to accept."""
@@ -609,7 +619,8 @@ class BaseServer:
     async def verify_request(self, request: Any, client_address: Any) -> bool:
         """Decide whether to handle a request; called before a byte is read. No checkpoint.
 
-        An exception denies it too, by way of `handle_error()`.
+        What is denied, the server closes. An exception denies it too, by way of
+        `handle_error()`.
         """
         return True
 
@@ -618,6 +629,9 @@ class BaseServer:
 
         It is called in the loop's task. An override that does not call this one has taken
         the request over, and closes it.
+
+        Raises:
+            RuntimeError: the server has not been entered.
         """
         self._start(Life(request, client_address))
         arriving = self._arriving
@@ -634,8 +648,13 @@ class BaseServer:
     async def finish_request(self, request: Any, client_address: Any) -> None:
         """Handle a request, by making and running a handler; in the request's task.
 
+        The server closes the request afterwards.
+
         Raises:
             RequestTimeout: it took longer than ``request_timeout``.
+            BaseException: whatever the handler raises.
+
+        Cancellation: cancels the handler, whose ``finish()`` still runs, shielded.
         """
         if self.request_timeout is None:
             await self._run_handler(request, client_address)
@@ -679,17 +698,24 @@ class BaseServer:
         return 0 if self._blocking_world is None else self._blocking_world.abandoned
 
     async def shutdown_request(self, request: Any) -> None:
-        """Shut down and close one request, shielded, within ``cleanup_timeout``."""
+        """Shut down and close one request. What it raises goes to `handle_error()`.
+
+        Cancellation: the server shields the call, for ``cleanup_timeout`` seconds.
+        """
         await self.close_request(request)
 
     async def close_request(self, request: Any) -> None:
-        """Close one request."""
+        """Close one request. What it raises goes to `handle_error()`.
+
+        Cancellation: as that of `shutdown_request`, which calls it.
+        """
 
     async def handle_error(self, request: Any, client_address: Any) -> None:
         """Report the error of a request, which is `sys.exception()`. No checkpoint.
 
         Logs to the logger ``trio_socketserver``: a traceback for what is our fault, one
         line at level INFO for what is the peer's (a reset, a timeout, a line too long).
+        What an override raises is logged. The server closes the request afterwards.
         """
         error = sys.exception()
         if isinstance(error, Exception):

@@ -205,9 +205,10 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     def accepted(cls, sock: socketlib.socket) -> Self:
         """Make one of what a listening socket has accepted, and leave it as it is.
 
-        Where the system can be told with each call not to wait, the socket need not be
-        told beforehand. For a blocking handler that saves a fourth of a short connection:
-        in each system call trio's thread may have to wait for its turn to run Python.
+        It owns the socket from now on. Where the system can be told with each call not to
+        wait, the socket need not be told beforehand. For a blocking handler that saves a
+        fourth of a short connection: in each system call trio's thread may have to wait for
+        its turn to run Python.
         """
         _forbid_waiting(sock)
         self = cls.__new__(cls)
@@ -239,6 +240,9 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             timeout: seconds, or None for no bound. A wait that takes longer raises
                 `RequestTimeout`. A blocking socket's ``sendall`` is bounded as a whole;
                 here each wait of it is.
+
+        Raises:
+            ValueError: *timeout* is negative.
         """
         if timeout is not None and not timeout >= 0:
             raise ValueError("a timeout must be a number that is not negative")
@@ -336,6 +340,9 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             RequestTimeout: nothing came within the socket's timeout.
             trio.ClosedResourceError: the socket is or was closed on this side.
             trio.BusyResourceError: another task is receiving.
+            ValueError: *max_bytes* is less than 1.
+
+        Cancellation: nothing has been taken.
         """
         if max_bytes is None:
             max_bytes = RECEIVE_SIZE
@@ -344,7 +351,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         return await self._call(self._wait_readable, self._sock.recv, max_bytes, DONTWAIT)
 
     async def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """`socket.socket.recv`, awaited. Raises as `receive_some` does.
+        """`socket.socket.recv`, awaited. Raises, and is cancelled, as `receive_some`.
 
         Args:
             bufsize: bytes at most.
@@ -357,7 +364,10 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     async def recv_into(
         self, buffer: bytearray | memoryview, nbytes: int = 0, flags: int = 0
     ) -> int:
-        """`socket.socket.recv_into`, awaited. Raises as `receive_some` does."""
+        """`socket.socket.recv_into`, awaited.
+
+        Raises, and is cancelled, as `receive_some`.
+        """
         return await self._call(
             self._wait_readable, self._sock.recv_into, buffer, nbytes, flags | DONTWAIT
         )
@@ -420,6 +430,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             RequestTimeout: the peer took nothing for as long as the socket's timeout.
             trio.ClosedResourceError: the socket, or its sending side, is closed.
             trio.BusyResourceError: another task is sending.
+
+        Cancellation: nothing, a part, or all of it has been sent.
         """
         if self._sending or self._eof_sent:
             self._start_sending()
@@ -452,6 +464,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
     async def sendall(self, data: Buffer, flags: int = 0) -> None:
         """`socket.socket.sendall`, awaited: the ported name of `send_all`.
 
+        Raises, and is cancelled, as `send_all`; and `ValueError` for flags.
+
         Args:
             data: the bytes to send.
             flags: must be 0.
@@ -464,6 +478,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         """`socket.socket.send`, awaited: send at least one byte, and say how many.
 
         Raises as `send_all` does.
+
+        Cancellation: nothing has been sent.
         """
         self._start_sending()
         self._sending = True
@@ -474,7 +490,10 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             self._sending = False
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until the socket's send buffer has room. Raises as `send_all` does."""
+        """Wait until the socket's send buffer has room.
+
+        Raises, and is cancelled, as `send`.
+        """
         self._start_sending()
         if self._sock.fileno() == -1:
             raise trio.ClosedResourceError("this socket is closed")
@@ -488,6 +507,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         """Tell the peer that nothing more will be sent; receiving goes on.
 
         Raises as `send_all` does. Calling it again does nothing.
+
+        Cancellation: nothing has been done.
         """
         await checkpoint()
         if self._sending:
@@ -501,6 +522,12 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
 
         Args:
             how: ``socket.SHUT_RD``, ``SHUT_WR`` or ``SHUT_RDWR``.
+
+        Raises:
+            ConnectionBroken: the peer has gone.
+            trio.ClosedResourceError: the socket is closed.
+
+        Cancellation: nothing has been done.
         """
         await checkpoint()
         self._shutdown(how)
@@ -565,15 +592,20 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         return [self._sock] if self._lent is None else [self._lent[0]]
 
     async def aclose(self) -> None:
-        """Close the socket, even when cancelled; idempotent.
+        """Close the socket; idempotent. Raises nothing.
 
         Tasks that wait for the socket get `trio.ClosedResourceError`.
+
+        Cancellation: it is closed all the same.
         """
         self.close_now()
         await checkpoint()
 
     async def close(self) -> None:
-        """`socket.socket.close`, awaited: the ported name of `aclose`."""
+        """`socket.socket.close`, awaited: the ported name of `aclose`.
+
+        Raises, and is cancelled, as `aclose`.
+        """
         await self.aclose()
 
 
@@ -588,7 +620,7 @@ class DatagramSocket(_PlainNames):
     server's business.
 
     Args:
-        sock: the server's bound, non-blocking datagram socket, which stays the server's.
+        sock: the server's bound, non-blocking datagram socket, which the server closes.
     """
 
     __slots__ = ("__weakref__", "_turn")

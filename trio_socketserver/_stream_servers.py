@@ -173,7 +173,11 @@ class TCPServer(BaseServer):
         return self.socket.fileno()
 
     def server_bind(self) -> None:
-        """Bind the socket to ``server_address``, which becomes the address bound."""
+        """Bind the socket to ``server_address``, which becomes the address bound.
+
+        Raises:
+            OSError: the address is in use, or cannot be bound.
+        """
         internet = self.address_family in (socketlib.AF_INET, socketlib.AF_INET6)
         if self.allow_reuse_address:
             self.socket.setsockopt(socketlib.SOL_SOCKET, socketlib.SO_REUSEADDR, 1)
@@ -186,7 +190,7 @@ class TCPServer(BaseServer):
         self.server_address = self.socket.getsockname()
 
     def server_activate(self) -> None:
-        """Listen."""
+        """Listen. Raises `OSError` if the socket cannot."""
         self.socket.listen(self.request_queue_size)
 
     def _prepare_listener(self) -> None:
@@ -252,7 +256,8 @@ class TCPServer(BaseServer):
 
         As in `socketserver` the connection ends even if the handler has given away a
         duplicate of the socket. No checkpoint if the request is a `StreamSocket`, unless
-        it speaks TLS and the peer has to read before close_notify can leave.
+        it speaks TLS and the peer has to read before close_notify can leave. What it raises
+        goes to `handle_error()`.
         """
         if isinstance(request, StreamSocket):
             if isinstance(request, TLSSocket):
@@ -266,6 +271,8 @@ class TCPServer(BaseServer):
 
     async def close_request(self, request: Any) -> None:
         """Close one connection. No checkpoint if the request is a `StreamSocket`.
+
+        What it raises goes to `handle_error()`.
 
         Args:
             request: a `StreamSocket`; any `trio.abc.AsyncResource` that an override of
@@ -330,7 +337,12 @@ if hasattr(socketlib, "AF_UNIX"):
             self._bound_file: tuple[str | bytes, int, int] | None = None
 
         def server_bind(self) -> None:
-            """Bind the socket to the path ``server_address``; abstract names work too."""
+            """Bind the socket to the path ``server_address``; abstract names work too.
+
+            Raises:
+                OSError: the path is in use, or cannot be bound.
+                ValueError: the path has a zero byte in it.
+            """
             path = self.server_address
             if _is_path(path) and 0 in os.fsencode(path):
                 # The system would take it for the path's end, and bind another one.

@@ -323,6 +323,8 @@ class TLSSocket(StreamSocket):
             The bytes; ``b""`` when the peer has finished sending, by close_notify or not.
 
         Raises as `StreamSocket.receive_some` and `do_handshake` do.
+
+        Cancellation: nothing has been taken.
         """
         if max_bytes is None:
             max_bytes = RECEIVE_SIZE
@@ -344,7 +346,7 @@ class TLSSocket(StreamSocket):
         return data
 
     async def recv(self, bufsize: int, flags: int = 0) -> bytes:
-        """`ssl.SSLSocket.recv`, awaited. Raises as `receive_some` does.
+        """`ssl.SSLSocket.recv`, awaited. Raises, and is cancelled, as `receive_some`.
 
         Args:
             bufsize: bytes at most.
@@ -359,7 +361,11 @@ class TLSSocket(StreamSocket):
     async def recv_into(
         self, buffer: bytearray | memoryview, nbytes: int = 0, flags: int = 0
     ) -> int:
-        """`ssl.SSLSocket.recv_into`, awaited. Raises as `receive_some` does."""
+        """`ssl.SSLSocket.recv_into`, awaited.
+
+        Raises, and is cancelled, as `receive_some`; and `TypeError` for a buffer that
+        cannot be written to.
+        """
         with memoryview(buffer).cast("B") as view:
             if view.readonly:
                 raise TypeError("recv_into() needs a buffer that can be written to")
@@ -425,7 +431,7 @@ class TLSSocket(StreamSocket):
     async def send(self, data: Buffer, flags: int = 0) -> int:
         """`ssl.SSLSocket.send`, awaited: send at least one byte, and say how many.
 
-        Raises as `send_all` does; flags must be 0.
+        Raises, and is cancelled, as `send_all`; and `ValueError` for flags.
         """
         if flags:
             raise ValueError("send() takes no flags over TLS")
@@ -437,6 +443,8 @@ class TLSSocket(StreamSocket):
         """Send close_notify: nothing more will be sent; receiving goes on.
 
         Raises as `send_all` does. Calling it again does nothing.
+
+        Cancellation: close_notify may not have left. Closing sends it then.
         """
         await checkpoint()
         if self._sending:
@@ -477,6 +485,8 @@ class TLSSocket(StreamSocket):
         Args:
             how: ``socket.SHUT_WR`` does what `send_eof` does; ``SHUT_RDWR`` ends the
                 connection; after ``SHUT_RD`` nothing more is received.
+
+        Raises, and is cancelled, as `send_eof`.
         """
         if how == socketlib.SHUT_WR:
             await self.send_eof()
@@ -577,10 +587,12 @@ class TLSSocket(StreamSocket):
         super().close_now()
 
     async def aclose(self) -> None:
-        """Send close_notify and close the socket, even when cancelled; idempotent.
+        """Send close_notify and close the socket; idempotent. Raises nothing.
 
         It is waited for until the peer has room for it, for at most the server's
         ``cleanup_timeout``, and not for the peer's answer.
+
+        Cancellation: the socket is closed all the same, at once.
         """
         try:
             await self.say_goodbye()
