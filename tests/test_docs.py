@@ -790,7 +790,7 @@ def transfer(block: Block, folder: Path) -> None:
         assert say(program.address(), "ann bob 30", "bob ann 1") == ["done", "done"]
         program.end_quietly()
 
-    # Also from a row of which the second statement fails, and so must not do the first.
+    # Where the second statement fails, the first has not been done either.
     namespace = loaded(block)
     bank = namespace["Bank"](("127.0.0.1", 0), namespace["Transfer"])
 
