@@ -171,7 +171,9 @@ def documented(text: str, owner: type | None) -> str:
 @pytest.mark.parametrize("name", CALLEES)
 def test_what_is_raised_by_name_is_documented(name: str) -> None:
     callee = CALLEES[name]
-    text = documented(callee.text, callee.owner) + documented(callee.context, callee.owner)
+    text = documented(callee.text, callee.owner)
+    if "Every method" in callee.context:
+        text += callee.context
     assert {
         error for error in raised_by_name(callee.function) if error not in text
     } == set()
