@@ -21,18 +21,23 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 import pytest
 from helpers import connect, is_refused, line_of, receive_until_closed
 
 import trio_socketserver
+from trio_socketserver._draining import FIRST_LINE_GRACE
+from trio_socketserver._run import GRACEFUL_TIMEOUT
 
 FOLDER = Path(__file__).parents[1] / "examples" / "rolling_restart"
+
+README = (FOLDER / "README.md").read_text()
 
 HOST = str(ipaddress.ip_address("127.64.0.0") + os.getpid())
 """An address of the loopback network that is this process's own, so its ports are free."""
@@ -310,14 +315,26 @@ def test_who_is_refused_by_one_replica_is_served_by_the_other(
     finally:
         os.close(gone)
     assert is_refused(REPLICA_A)
-    tally = Tally()
-    for _ in range(4):
-        with Client(tally) as client:
-            client.ask()
-    assert tally.answering() == {deployment.current["b"]}
+    with asking_as_told() as answers:
+        for _ in range(4):
+            assert answers.readline() == f"{deployment.current['b']} hello\n"
     rows = csv.DictReader(tell(admin, "show stat").removeprefix("# ").splitlines())
     redispatched = {(row["pxname"], row["svname"]): row["wredis"] for row in rows}
     assert int(redispatched["replicas", "a"]) > 0
+
+
+@contextlib.contextmanager
+def asking_as_told() -> Iterator[IO[str]]:
+    """Run the client in README.md, which never ends; yield what it prints."""
+    (program,) = re.findall(r'python -c "\n(.*?)"\n\n', README, re.DOTALL)
+    source = textwrap.dedent(program).replace("127.0.0.1", HOST)
+    command = [sys.executable, "-u", "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout
+        finally:
+            process.kill()
 
 
 def tell(admin: Path, command: str) -> str:
@@ -330,9 +347,22 @@ def tell(admin: Path, command: str) -> str:
 # -- what stands beside it -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
-def test_a_program_is_short_and_explains_itself(path: Path) -> None:
-    source = path.read_text()
+@pytest.mark.parametrize("name", ["restart.py", "service.py"])
+def test_a_program_is_short_and_explains_itself(name: str) -> None:
+    source = source_of(name)
     assert source.count("\n") < 80
     docstring = ast.get_docstring(ast.parse(source)) or ""
-    assert f"\n    python examples/rolling_restart/{path.name}" in docstring
+    assert f"\n    python examples/rolling_restart/{name}" in docstring
+
+
+def test_numbers_in_prose() -> None:
+    last_word = re.search(r"^LAST_WORD = (\d+)$", source_of("service.py"), re.MULTILINE)
+    assert last_word is not None
+    words = " ".join(README.split())
+    assert f"silent for {last_word[1]} seconds (`LAST_WORD`)" in words
+    assert f"draining takes {GRACEFUL_TIMEOUT:g} seconds at most" in words
+    assert {1: "one more second for its first line"}[FIRST_LINE_GRACE] in words
+
+
+def source_of(name: str) -> str:
+    return (FOLDER / name).read_text()

@@ -19,7 +19,7 @@ import trio
 
 from trio_socketserver import NurseryTCPServer, StreamRequestHandler, run
 
-WORK = 0.005
+WORK = 0.02
 """Seconds that a request takes, so that some are under way at any time."""
 
 LAST_WORD = 10
