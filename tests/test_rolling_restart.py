@@ -45,7 +45,7 @@ HOST = str(ipaddress.ip_address("127.64.0.0") + os.getpid())
 PUBLIC = (HOST, 9999)
 REPLICA_A = (HOST, 7001)
 
-PATIENCE = 90
+PATIENCE = 180
 """Seconds after which everything is killed: longer than any loaded machine needs."""
 
 SHORT_CLIENTS = 4
