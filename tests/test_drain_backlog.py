@@ -14,7 +14,7 @@ import pytest
 import trio
 import trio.testing
 from blocking_servers import in_thread
-from helpers import answer, assert_sums_up, bounded, pose
+from helpers import answer, assert_sums_up, bounded, echo_all, pose
 
 from trio_socketserver import (
     NurseryTCPServer,
@@ -362,3 +362,30 @@ async def test_a_hook_may_pass_on_something_else_and_count_it_once() -> None:
             for client in queued:
                 assert await answer(client) == b"x\n"
     assert server.statistics().accepted == server.statistics().completed == 4
+
+
+@bounded
+async def test_who_comes_too_late_to_a_path_is_refused_and_not_reset(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "socket")
+    late: list[int] = []
+
+    class Server(NurseryUnixStreamServer):
+        drain_backlog = True
+
+        async def get_request(self) -> tuple[Any, Any]:
+            try:
+                return await super().get_request()
+            except BlockingIOError:
+                if self.draining.is_set():
+                    with socket.socket(socket.AF_UNIX) as client:
+                        late.append(client.connect_ex(path))
+                raise
+
+    async with Server(path, echo_all) as server, trio.open_nursery() as nursery:
+        await nursery.start(server.serve_forever)
+        with pose(server, b"in time\n") as client:
+            await server.server_close()
+            assert await answer(client) == b"in time\n"
+    assert late == [errno.ENOENT]

@@ -397,6 +397,11 @@ if hasattr(socketlib, "AF_UNIX"):
             bind_and_activate: see `TCPServer`.
         """
 
+        async def _take_backlog(self) -> None:
+            # Who comes between the last accept() and close() is refused now, not reset.
+            self._unlink_own_file()
+            await super()._take_backlog()
+
         def _close_listener(self) -> None:
             self._unlink_own_file()
             super()._close_listener()
