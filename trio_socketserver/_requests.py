@@ -127,8 +127,9 @@ class RequestNursery:
 
     def enter_request(self) -> None:
         """Mark the current task, and those it starts, as a part of a request."""
-        if not self.is_current():
-            _surrounding.set((*_surrounding.get(), self))
+        surrounding = _surrounding.get()
+        if self not in surrounding:
+            _surrounding.set((*surrounding, self))
 
     @contextmanager
     def surrounding(self) -> Generator[None]:

@@ -445,7 +445,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         except OSError as error:
             raise self._failure(error) from error
         if sent == len(data):
-            await checkpoint()
+            await cancel_shielded_checkpoint()
             return
         self._sending = True
         try:
