@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import logging
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from helpers import REAL_LIMIT, bounded, echo_all, running
+from helpers import REAL_LIMIT, bounded, echo_all
 from trio.testing import MockClock
 
-from trio_socketserver import BaseRequestHandler, NurseryTCPServer, StreamRequestHandler
+from trio_socketserver import (
+    BaseRequestHandler,
+    ConnectionBroken,
+    DatagramRequestHandler,
+    NurseryTCPServer,
+    NurseryUDPServer,
+    StreamRequestHandler,
+)
 from trio_socketserver.testing import MemoryClient, check_cancellation, memory_connection
-from trio_socketserver.testing._driving import STOPS_LIMIT
+from trio_socketserver.testing._watching import DELIVERIES_LIMIT
 
 LOCAL = ("127.0.0.1", 0)
 
@@ -42,6 +51,14 @@ async def one_line(client: MemoryClient) -> None:
 async def two_lines(client: MemoryClient) -> None:
     await one_line(client)
     await one_line(client)
+
+
+async def leaving(client: MemoryClient) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+async def silent(client: MemoryClient) -> None:
+    assert await client.receive_some() == b""
 
 
 def line_of(function: Callable[..., Any], text: str) -> str:
@@ -126,13 +143,168 @@ async def test_every_checkpoint_gets_its_cancellation() -> None:
                 cancelled.add(name)
                 raise
 
-    async def nothing(client: MemoryClient) -> None:
-        assert await client.receive_some() == b""
-
     cancelled: set[str] = set()
-    await check_cancellation(Steps, nothing)
+    await check_cancellation(Steps, silent)
     names = [f"{kind} {n}" for kind in ("wait", "look") for n in range(3)]
     assert cancelled == {*names, "task"}
+
+
+@bounded
+async def test_a_cancellation_is_also_found_on_going_on() -> None:
+    """A lock that is free only looks for a cancellation, before it is taken."""
+
+    class Locking(BaseRequestHandler):
+        async def handle(self) -> None:
+            lock = trio.Lock()
+            await trio.testing.wait_all_tasks_blocked()
+            try:
+                await lock.acquire()
+            finally:
+                lock.release()
+
+    fault = await fault_of(Locking, silent)
+    assert fault.startswith(
+        f"the handler, cancelled at {line_of(Locking.handle, 'acquire()')}"
+    )
+    assert "it raised RuntimeError" in fault
+
+
+@bounded
+async def test_a_shield_delays_the_cancellation() -> None:
+    class Shielding(BaseRequestHandler):
+        async def handle(self) -> None:
+            begun.append(self)
+            with trio.CancelScope(shield=True):
+                for _ in range(3):
+                    await trio.testing.wait_all_tasks_blocked()
+            whole.append(self)
+            await self.request.recv(1)
+
+    begun: list[Any] = []
+    whole: list[Any] = []
+    count = await check_cancellation(Shielding, leaving)
+    assert begun == whole
+    assert len(begun) == count + 2  # Undisturbed at the beginning and at the end.
+
+
+@bounded
+async def test_what_cannot_be_cancelled_may_return() -> None:
+    """Nobody swallows a cancellation that is never raised."""
+
+    async def to_thread(request: Any, client_address: Any, server: Any) -> None:
+        await trio.to_thread.run_sync(threading.get_ident)
+
+    async def shielded(request: Any, client_address: Any, server: Any) -> None:
+        with trio.move_on_after(1, shield=True):
+            await trio.testing.wait_all_tasks_blocked()
+            await trio.lowlevel.checkpoint()
+
+    async def last_step(request: Any, client_address: Any, server: Any) -> None:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    for handler in (to_thread, shielded, last_step):
+        assert await check_cancellation(handler, silent)
+
+
+@bounded
+async def test_a_peers_fault_is_none_of_the_handlers() -> None:
+    """Nor is it in the place of a cancellation, or out of finish()."""
+
+    class Breaking(Echo):
+        async def handle(self) -> None:
+            try:
+                await super().handle()
+            finally:
+                raise ConnectionBroken("lost")
+
+        async def finish(self) -> None:
+            raise ConnectionBroken("lost, too")
+
+    assert await check_cancellation(Breaking, one_line)
+
+
+@bounded
+async def test_tasks_that_the_handler_ends_are_no_survivors() -> None:
+    class Tidy(Echo):
+        async def handle(self) -> None:
+            scope = await nursery.start(self.background)
+            try:
+                await super().handle()
+            finally:
+                scope.cancel()
+
+        async def background(self, task_status: Any) -> None:
+            with trio.CancelScope() as scope:
+                task_status.started(scope)
+                await background()
+
+    async with trio.open_nursery() as nursery:
+        assert await check_cancellation(Tidy, one_line)
+        assert not nursery.child_tasks
+
+
+@bounded
+async def test_other_tasks_are_nobodys_business(autojump_clock: MockClock) -> None:
+    """They may come, go and be cancelled meanwhile."""
+
+    async def busy() -> None:
+        while True:
+            with trio.move_on_after(1):
+                await trio.sleep(2)
+            nursery.start_soon(trio.sleep, 0.5)
+
+    class Waiting(Echo):
+        async def handle(self) -> None:
+            await trio.sleep(7)
+            await super().handle()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(busy)
+        count = await check_cancellation(Waiting, one_line)
+        nursery.cancel_scope.cancel()
+    assert count == await check_cancellation(Waiting, one_line)
+
+
+class Upper(DatagramRequestHandler):
+    async def handle(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.wfile.write(self.rfile.read().upper())
+
+
+@pytest.mark.parametrize("handler", [Upper, functools.partial(Upper)])
+@bounded
+async def test_datagrams(handler: Any) -> None:
+    class Late(Upper):
+        async def finish(self) -> None:
+            await self.socket.sendto(self.reply, self.client_address)
+
+        async def handle(self) -> None:
+            await super().handle()
+            self.reply = self.wfile.getvalue()
+
+    server = NurseryUDPServer(LOCAL, handler, bind_and_activate=False)
+    for options in ({}, {"server": server}):
+        assert await check_cancellation(handler, b"hello", **options) > 3
+        fault = await fault_of(Late, b"hello", **options)
+        assert "- finish() raised AttributeError(" in fault
+    assert server.statistics().cancelled
+
+
+@bounded
+async def test_hooks_find_what_they_know_of_the_handler() -> None:
+    class Named(Echo):
+        protocol = "echo"
+
+    class Server(NurseryTCPServer):
+        async def verify_request(self, request: Any, client_address: Any) -> bool:
+            handler: Any = self.RequestHandlerClass
+            protocols.add(handler.protocol)
+            return True
+
+    protocols: set[str] = set()
+    server = Server(LOCAL, Named, bind_and_activate=False)
+    await check_cancellation(Named, one_line, server=server)
+    assert protocols == {"echo"}
 
 
 @bounded
@@ -207,8 +379,10 @@ async def test_finds_a_finish_that_did_not_run() -> None:
     server = Careless(LOCAL, Echo, bind_and_activate=False)
     fault = await fault_of(Echo, server=server)
     place = line_of(Echo.handle, "async for line")
+    hook = line_of(Careless.finish_request, "handler.handle()")
     assert fault == (
         f"the handler, cancelled at {place}\n"
+        f"    awaited at {hook}\n"
         "- finish() did not run, although setup() had returned"
     )
 
@@ -228,12 +402,34 @@ async def test_finds_a_connection_that_stays_open() -> None:
     assert fault == "the handler, undisturbed\n- the connection stayed open"
 
 
-@pytest.mark.parametrize("kind", ["system", "nursery", "grandchild"])
+@bounded
+async def test_finds_a_connection_that_stays_open_only_if_cancelled() -> None:
+    class Polite(NurseryTCPServer):
+        is_happy = False
+
+        async def finish_request(self, request: Any, client_address: Any) -> None:
+            self.is_happy = False
+            await super().finish_request(request, client_address)
+            self.is_happy = True
+
+        async def shutdown_request(self, request: Any) -> None:
+            if self.is_happy:
+                await super().shutdown_request(request)
+
+    server = Polite(LOCAL, Echo, bind_and_activate=False)
+    fault = await fault_of(Echo, server=server)
+    place = line_of(Echo.handle, "async for line")
+    assert fault.startswith(f"the handler, cancelled at {place}\n")
+    assert fault.endswith("\n- the connection stayed open")
+
+
+async def background() -> None:
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("kind", ["system", "nursery", "grandchild", "all trio's"])
 @bounded
 async def test_finds_a_task_that_survives(kind: str) -> None:
-    async def background() -> None:
-        await trio.sleep_forever()
-
     async def parent() -> None:
         trio.lowlevel.spawn_system_task(background, name="background")
 
@@ -243,51 +439,52 @@ async def test_finds_a_task_that_survives(kind: str) -> None:
                 trio.lowlevel.spawn_system_task(background, name="background")
             elif kind == "nursery":
                 nursery.start_soon(background, name="background")
-            else:
+            elif kind == "grandchild":
                 async with trio.open_nursery() as own:
                     own.start_soon(parent)
+            else:
+                nursery.start_soon(trio.sleep_forever, name="background")
             await super().handle()
 
     async with trio.open_nursery() as nursery:
         fault = await fault_of(Leaving)
         nursery.cancel_scope.cancel()
-    place = line_of(background, "sleep_forever")
-    assert fault == (
-        f"the handler, undisturbed\n- its task background survived, at {place}"
-    )
+    function = trio.sleep_forever if kind == "all trio's" else background
+    beginning = "the handler, undisturbed\n- its task background survived, at "
+    assert fault.startswith(beginning)
+    place = fault.removeprefix(beginning)
+    assert f", in {function.__qualname__}: " in place
+    assert kind == "all trio's" or place == line_of(background, "sleep_forever")
 
 
 @bounded
-async def test_finds_a_task_that_survives_only_if_cancelled() -> None:
-    async def background() -> None:
-        await trio.sleep_forever()
+async def test_finds_a_task_of_a_setup_that_did_not_return() -> None:
+    """Nothing ends it: finish() is for what setup() has completed."""
 
-    class Leaving(Echo):
-        async def handle(self) -> None:
+    class Greedy(Echo):
+        async def setup(self) -> None:
+            await super().setup()
+            self.scope = await nursery.start(self.background)
+            await trio.lowlevel.checkpoint()
+
+        async def background(self, task_status: Any) -> None:
             with trio.CancelScope() as scope:
-                nursery.start_soon(run_in, scope)
-                await super().handle()
-            scope.cancel()
+                task_status.started(scope)
+                await background()
 
-    async def run_in(scope: trio.CancelScope) -> None:
-        with trio.CancelScope() as own:
-            scopes[scope] = own
-            await background()
+        async def finish(self) -> None:
+            self.scope.cancel()
+            await super().finish()
 
-    class Ending(Leaving):
-        async def handle(self) -> None:
-            await super().handle()
-            for own in scopes.values():
-                own.cancel()
-            await trio.testing.wait_all_tasks_blocked()
-
-    scopes: dict[trio.CancelScope, trio.CancelScope] = {}
     async with trio.open_nursery() as nursery:
-        fault = await fault_of(Ending)
+        fault = await fault_of(Greedy)
         nursery.cancel_scope.cancel()
-    place = line_of(Echo.handle, "async for line")
-    assert fault.startswith(f"the handler, cancelled at {place}\n- its task ")
-    assert fault.endswith(f" survived, at {line_of(background, 'sleep_forever')}")
+    headline, first, second = fault.splitlines()
+    where = line_of(Greedy.setup, "checkpoint()")
+    assert headline.removeprefix("the handler, cancelled at ") == where
+    assert first.startswith("- its task ")
+    assert first.endswith(f" survived, at {line_of(background, 'sleep_forever')}")
+    assert second == f"    awaited at {line_of(Greedy.background, 'await background')}"
 
 
 class SwallowsIt(Echo):
@@ -296,14 +493,6 @@ class SwallowsIt(Echo):
             await super().handle()
         except trio.Cancelled:
             return
-
-
-class TurnsItIntoAnother(Echo):
-    async def handle(self) -> None:
-        try:
-            await super().handle()
-        except trio.Cancelled:
-            raise Oops from None
 
 
 class SwallowsItInATask(Echo):
@@ -318,16 +507,15 @@ class SwallowsItInATask(Echo):
             return
 
 
-@pytest.mark.parametrize("handler", [SwallowsIt, TurnsItIntoAnother, SwallowsItInATask])
+@pytest.mark.parametrize("handler", [SwallowsIt, SwallowsItInATask])
 @bounded
 async def test_finds_a_cancellation_that_is_swallowed(handler: Any) -> None:
-    fault = await fault_of(handler)
+    headline, chain, *problems = (await fault_of(handler)).splitlines()
     place = line_of(Echo.handle, "async for line")
-    headline, first, *rest = fault.splitlines()
+    swallower = getattr(handler, "swallow", handler.handle)
     assert headline == f"the handler, cancelled at {place}"
-    assert first == f"- Cancelled, raised at {place}, was swallowed"
-    raises = handler is TurnsItIntoAnother
-    assert rest == (["- it raised Oops()"] if raises else [])
+    assert chain == f"    awaited at {line_of(swallower, '.handle(')}"
+    assert problems == ["- it swallowed Cancelled, and returned"]
 
 
 @bounded
@@ -338,7 +526,23 @@ async def test_finds_a_swallowing_function() -> None:
         except BaseException:
             return
 
-    assert "was swallowed" in await fault_of(swallowing)
+    assert "swallowed" in await fault_of(swallowing)
+
+
+@bounded
+async def test_finds_an_error_in_the_place_of_the_cancellation() -> None:
+    class Another(Echo):
+        async def handle(self) -> None:
+            try:
+                await super().handle()
+            except trio.Cancelled:
+                raise error from None
+
+    error = Oops()
+    with pytest.raises(AssertionError) as caught:
+        await check_cancellation(Another, one_line)
+    assert str(caught.value).splitlines()[2:] == ["- it raised Oops()"]
+    assert caught.value.__cause__ is error
 
 
 class GoesOn(Echo):
@@ -372,54 +576,19 @@ class GoesOnInATask(GoesOn):
 
 @pytest.mark.parametrize("handler", [GoesOn, GoesOnWhateverComes, GoesOnInATask])
 @bounded
-async def test_finds_a_loop_that_does_not_end(handler: Any) -> None:
+async def test_finds_a_loop_that_does_not_end(
+    handler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     fault = await fault_of(handler)
     function = (
         GoesOnWhateverComes.handle if handler is GoesOnWhateverComes else GoesOn.handle
     )
     place = line_of(function, "readline()")
-    assert fault == (
-        f"the handler, cancelled at {place}\n- it did not end: it passed {STOPS_LIMIT} "
-        f"checkpoints after that, and was at {place}"
-    )
-
-
-@bounded
-async def test_finds_a_loop_that_does_not_end_without_its_client() -> None:
-    class NoEnd(Echo):
-        async def handle(self) -> None:
-            while True:
-                await self.rfile.readline()
-
-    async def silent(client: MemoryClient) -> None:
-        await client.send_eof()
-
-    fault = await fault_of(NoEnd, silent)
-    assert fault.startswith("the handler, undisturbed\n- it did not end: ")
-    assert fault.endswith(f"and was at {line_of(NoEnd.handle, 'readline()')}")
-
-
-def test_what_never_ends_does_not_hold_up_the_programs_end(tmp_path: Path) -> None:
-    """It is left behind, and nothing asks it to end once more."""
-    here = str(Path(__file__).parent)
-    program = (
-        f"import sys, trio; sys.path.insert(0, {here!r})\n"
-        "import test_testing_cancellation as t\n"
-        "trio.run(t.fault_of, t.GoesOnWhateverComes)\n"
-        "print('done')\n"
-    )
-    with running("-c", program, folder=tmp_path) as process:
-        assert process.communicate(timeout=REAL_LIMIT) == ("done\n", "")
-    assert process.returncode == 0
-
-
-class HidesForEver(Echo):
-    async def handle(self) -> None:
-        try:
-            await super().handle()
-        except trio.Cancelled:
-            with trio.CancelScope(shield=True):
-                await trio.sleep_forever()
+    problem = f"it did not end: Cancelled was raised {DELIVERIES_LIMIT} times, at last at "
+    assert fault == f"the handler, cancelled at {place}\n- {problem}{place}"
+    assert caplog.messages == [
+        f"check_cancellation still waits for the handler: {problem}{place}"
+    ]
 
 
 class HidesForLong(Echo):
@@ -431,40 +600,82 @@ class HidesForLong(Echo):
                 await trio.sleep(60)
 
 
-class HidesAgainAndAgain(Echo):
+class HidesFromItsClient(Echo):
     async def handle(self) -> None:
         try:
             await super().handle()
         except trio.Cancelled:
-            while True:
-                with contextlib.suppress(trio.Cancelled), trio.CancelScope(shield=True):
-                    await trio.sleep(60)
+            with trio.CancelScope(shield=True):
+                await self.rfile.read()
+            raise
 
 
-@pytest.mark.parametrize("handler", [HidesForEver, HidesForLong, HidesAgainAndAgain])
+@pytest.mark.parametrize("handler", [HidesForLong, HidesFromItsClient])
 @bounded
-async def test_finds_a_cleanup_that_takes_too_long(
+async def test_finds_unwinding_that_takes_too_long(
     handler: Any, autojump_clock: MockClock
 ) -> None:
-    fault = await fault_of(handler)
+    headline, _, *problems = (await fault_of(handler)).splitlines()
     place = line_of(Echo.handle, "async for line")
-    stuck = line_of(handler.handle, "await trio.sleep")
-    assert fault == (
-        f"the handler, cancelled at {place}\n"
-        f"- it had not ended 5 s after that, and was at {stuck}"
+    stuck = line_of(handler.handle, "                await ")
+    assert headline == f"the handler, cancelled at {place}"
+    assert problems == [f"- it had not ended 5 s after that, and was at {stuck}"]
+
+
+@bounded
+async def test_tells_the_log_of_what_it_cannot_end(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here what is told ends it."""
+
+    class Telling(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.set()
+
+    class Hiding(Echo):
+        async def handle(self) -> None:
+            try:
+                await super().handle()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):
+                    await told.wait()
+                raise
+
+    told = trio.Event()
+    logger, telling = logging.getLogger("trio_socketserver"), Telling()
+    logger.addHandler(telling)
+    try:
+        fault = await fault_of(Hiding)
+    finally:
+        logger.removeHandler(telling)
+    problem = "it had not ended 5 s after that, and was at " + line_of(
+        Hiding.handle, "told.wait()"
     )
+    assert fault.splitlines()[2:] == [f"- {problem}"]
+    assert caplog.messages == [f"check_cancellation still waits for the handler: {problem}"]
 
 
 @bounded
 async def test_the_limit_of_cleaning_up_can_be_chosen(autojump_clock: MockClock) -> None:
     class Finishing(Echo):
+        async def handle(self) -> None:
+            try:
+                await super().handle()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(7.5)
+                raise
+
         async def finish(self) -> None:
             await trio.sleep(7)
 
     assert await check_cancellation(Finishing, one_line, cleanup_timeout=8)
+    fault = await fault_of(Finishing, cleanup_timeout=7.2)
+    assert "\n- it had not ended 7.2 s after that" in fault
     fault = await fault_of(Finishing, cleanup_timeout=6)
-    assert fault.endswith(
-        f"- finish() took too long, and was cut at {line_of(Finishing.finish, 'sleep')}"
+    place = line_of(Finishing.finish, "sleep")
+    assert fault == (
+        f"the handler, undisturbed\n- finish() took too long, and was cut at {place}"
     )
 
 
@@ -513,53 +724,11 @@ async def test_finds_places_in_generators(where: str) -> None:
                     async with opened():
                         await trio.lowlevel.checkpoint()
 
-    async def silent(client: MemoryClient) -> None:
-        assert await client.receive_some() == b""
-
     fault = await fault_of(Swallowing, silent)
     function = Awaitable.__await__ if where == "generator" else opened.__wrapped__  # type: ignore[attr-defined]
-    assert f"- Cancelled, raised at {line_of(function, 'tasks_blocked')}, was" in fault
-
-
-@bounded
-async def test_what_is_in_foreign_nurseries_is_not_touched(
-    autojump_clock: MockClock,
-) -> None:
-    class Both(Echo):
-        async def handle(self) -> None:
-            try:
-                await super().handle()
-            except trio.Cancelled:
-                nursery.start_soon(shielded)
-                with trio.CancelScope(shield=True):
-                    await trio.sleep_forever()
-
-    async def shielded() -> None:
-        with trio.CancelScope(shield=True) as scope:
-            scopes.append(scope)
-            await trio.sleep_forever()
-
-    scopes: list[trio.CancelScope] = []
-    async with trio.open_nursery() as nursery:
-        with pytest.raises(AssertionError):
-            await check_cancellation(Both, one_line)
-        assert all(scope.shield for scope in scopes)
-        for scope in scopes:
-            scope.cancel()
-
-
-@bounded
-async def test_what_trio_refuses_is_refused() -> None:
-    class Foreign:
-        def __await__(self) -> Generator[Any, Any, Any]:
-            yield "what asyncio would take"
-
-    class Awaiting(Echo):
-        async def handle(self) -> None:
-            await Foreign()
-
-    with pytest.raises(TypeError, match="asyncio"):
-        await check_cancellation(Awaiting, one_line)
+    assert fault.startswith(
+        f"the handler, cancelled at {line_of(function, 'tasks_blocked')}"
+    )
 
 
 # -- what is neither -----------------------------------------------------------------------
@@ -610,6 +779,26 @@ async def test_can_be_cancelled_itself() -> None:
         await check_cancellation(Waiting, waiting)
     assert scope.cancelled_caught
     assert len(ends) == 1
+
+
+@pytest.mark.parametrize("handler", [Echo, SwallowsIt])
+@bounded
+async def test_leaves_no_instrument_behind(
+    handler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(instrument: Any) -> None:
+        instruments.append(instrument)
+        add(instrument)
+
+    instruments: list[Any] = []
+    add = trio.lowlevel.add_instrument
+    monkeypatch.setattr(trio.lowlevel, "add_instrument", noted)
+    with contextlib.suppress(AssertionError):
+        await check_cancellation(handler, one_line)
+    assert instruments
+    for instrument in instruments:
+        with pytest.raises(KeyError):
+            trio.lowlevel.remove_instrument(instrument)
 
 
 def test_needs_no_test_framework() -> None:

@@ -14,7 +14,6 @@ because handlers and clients use what fixtures have set up there.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeAlias
 
@@ -25,7 +24,6 @@ from .._exceptions import is_peer_fault
 from .._groups import open_ungrouped_nursery
 from .._handlers import HandlerKind, handler_kind
 from .._life import Life
-from .._log import log
 from .._server import BaseServer, Handler
 from .._sockets import Buffer
 from ._memory_requests import Attendance, entered, server_for
@@ -234,8 +232,6 @@ async def _limit_unwinding(watch: Watch, connection: MemorySocket, seconds: floa
         await watch.unwound.wait()
         return
     places = "; ".join(place_of(task) for task in watch.tasks)
-    problem = f"it had not ended {seconds:g} s after that, and was at {places}"
-    watch.blame(problem)
-    log(logging.ERROR, "check_cancellation: the handler is still waited for: %s", problem)
-    # It may be its client that it waits for, behind a shield that none can take away.
+    watch.relent(f"it had not ended {seconds:g} s after that, and was at {places}")
+    # It may be its client that it waits for, behind a shield that nobody else can remove.
     await connection.aclose()

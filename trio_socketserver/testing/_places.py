@@ -1,8 +1,7 @@
 """Where a handler is, in the terms of who wrote it.
 
-The place is the innermost line of theirs on which something is awaited; the lines that led
-there follow. Frames of trio and of this package say little to them, and are left out unless
-there are no others.
+The place is the innermost line of theirs on which something is awaited, and then those that
+led there. Lines of this package, and of trio, are shown where there are no others.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Final
 import trio
 
 LIBRARIES: Final = ("trio", "outcome", "contextlib")
-"""Packages whose frames are never shown."""
+"""Packages that are shown only where a task of the handler's is all theirs."""
 
 Frames = Iterable[tuple[types.FrameType, int]]
 
@@ -25,14 +24,15 @@ def _package_of(frame: types.FrameType) -> str:
 
 
 def chain_of(frames: Frames) -> list[str]:
-    """Describe the lines that await one another, innermost first; at least none.
+    """Describe the lines that await one another, innermost first.
 
     Args:
         frames: frames and their lines, outermost first.
     """
-    shown = [(f, line) for f, line in frames if _package_of(f) not in LIBRARIES]
-    theirs = [(f, line) for f, line in shown if _package_of(f) != "trio_socketserver"]
-    return [_described(*place) for place in reversed(theirs or shown[-1:])]
+    found = list(frames)
+    ours = [(f, line) for f, line in found if _package_of(f) not in LIBRARIES]
+    users = [(f, line) for f, line in ours if _package_of(f) != "trio_socketserver"]
+    return [_described(*each) for each in reversed(users or ours[-1:] or found[:1])]
 
 
 def _described(frame: types.FrameType, line: int) -> str:
@@ -44,8 +44,7 @@ def _described(frame: types.FrameType, line: int) -> str:
 
 def place_of(task: trio.lowlevel.Task) -> str:
     """Say where a waiting task is: one line for each call, innermost first."""
-    chain = chain_of(task.iter_await_frames()) or [f"its task {task.name}"]
-    return "\n    awaited at ".join(chain)
+    return "\n    awaited at ".join(chain_of(task.iter_await_frames()))
 
 
 def is_shielded_checkpoint(task: trio.lowlevel.Task) -> bool:

@@ -12,6 +12,7 @@ An instrument must not raise: trio would go on without it.
 
 from __future__ import annotations
 
+import logging
 import traceback
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from trio.lowlevel import Task, current_task
 
 from .._exceptions import is_peer_fault
 from .._handlers import BaseRequestHandler
+from .._log import log
 from .._server import Handler
 from ._places import chain_of, is_shielded_checkpoint, place_of
 
@@ -40,7 +42,7 @@ class Watch(trio.abc.Instrument):
 
     Attributes:
         scope: what is cancelled then; around the handler.
-        mercy: a scope inside that one, shielded when nothing else ends the handler.
+        mercy: a scope inside that one, to hide the cancellation again, see `relent`.
         cancelled: set when the moment has come.
         unwound: set when ``finish()`` is called; without one, when the handler has ended.
         has_finished: whether ``finish()`` has been called.
@@ -55,12 +57,13 @@ class Watch(trio.abc.Instrument):
         self.mercy = trio.CancelScope()
         self.cancelled = trio.Event()
         self.unwound = trio.Event()
-        self.tasks: set[Task] = set()
+        self.tasks: dict[Task, None] = {}  # An ordered set.
         self.is_set_up = self.has_finished = False
         self.has_returned = False
         self.cause: BaseException | None = None
         self._problems: list[str] = []
         self._root: Task | None = None
+        self._current: Task | None = None
         self._moment = moment
         self._passed = 0
         self._deliveries = 0
@@ -72,18 +75,29 @@ class Watch(trio.abc.Instrument):
     def begin(self) -> None:
         """Take the current task as the handler's."""
         self._root = current_task()
-        self.tasks.add(self._root)
+        self.tasks[self._root] = None
 
     def end(self) -> None:
         """The current task is the handler's no longer."""
-        self.tasks.discard(current_task())
+        self.tasks.pop(current_task(), None)
 
     # -- what is wrong ---------------------------------------------------------------
 
     def blame(self, problem: str, cause: BaseException | None = None) -> None:
-        """Take note of what is wrong."""
-        self._problems.append(problem)
-        self.cause = self.cause or cause
+        """Take note of what is wrong; not of what `relent` leads to."""
+        if not self.mercy.shield:
+            self._problems.append(problem)
+            self.cause = self.cause or cause
+
+    def relent(self, problem: str) -> None:
+        """Hide the cancellation from a handler that does not end by it.
+
+        Who catches it again and again may end without it. Who hides from it for ever cannot
+        be helped, and keeps the run from its end: so the problem is also logged.
+        """
+        self.blame(problem)
+        self.mercy.shield = True
+        log(logging.ERROR, "check_cancellation still waits for the handler: %s", problem)
 
     def check(self) -> None:
         """Raise what is wrong, when the run is over.
@@ -106,19 +120,21 @@ class Watch(trio.abc.Instrument):
 
     def task_spawned(self, task: Task) -> None:
         """A task has been made by the current one."""
-        if current_task() in self.tasks:
-            self.tasks.add(task)
+        if self._current in self.tasks:
+            self.tasks[task] = None
 
     def task_exited(self, task: Task) -> None:
         """A task has ended."""
-        self.tasks.discard(task)
+        self.tasks.pop(task, None)
 
     def after_task_step(self, task: Task) -> None:
         """A task has begun to wait, or has ended."""
+        self._current = None
         self._pass_moment(task, "at")
 
     def before_task_step(self, task: Task) -> None:
         """A task is about to go on."""
+        self._current = task
         self._pass_moment(task, "after")
 
     def task_scheduled(self, task: Task) -> None:
@@ -126,7 +142,7 @@ class Watch(trio.abc.Instrument):
         if (
             self.cancelled.is_set()
             and not self.unwound.is_set()
-            and (self._is_cancelling or current_task() is task)
+            and (self._is_cancelling or task is self._current)
             and self._is_inside(task)
             and not is_shielded_checkpoint(task)
         ):
@@ -134,11 +150,10 @@ class Watch(trio.abc.Instrument):
             if self._deliveries == 1:
                 self._place = f"at {place_of(task)}"
             elif self._deliveries == DELIVERIES_LIMIT:
-                self.blame(
+                self.relent(
                     f"it did not end: Cancelled was raised {DELIVERIES_LIMIT} times, "
                     f"at last at {place_of(task)}"
                 )
-                self.mercy.shield = True
 
     def _pass_moment(self, task: Task, how: str) -> None:
         if self.cancelled.is_set() or not self._is_inside(task):
