@@ -577,8 +577,9 @@ class GoesOnInATask(GoesOn):
 @pytest.mark.parametrize("handler", [GoesOn, GoesOnWhateverComes, GoesOnInATask])
 @bounded
 async def test_finds_a_loop_that_does_not_end(
-    handler: Any, caplog: pytest.LogCaptureFixture
+    handler: Any, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The clock stands still meanwhile, because nothing waits."""
     fault = await fault_of(handler)
     function = (
         GoesOnWhateverComes.handle if handler is GoesOnWhateverComes else GoesOn.handle

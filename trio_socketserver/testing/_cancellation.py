@@ -178,7 +178,7 @@ async def _was_cancelled(
     try:
         async with entered(home, handler), open_ungrouped_nursery() as nursery:
             attendance.cancels(nursery)
-            nursery.start_soon(_limit_unwinding, watch, connection, cleanup_timeout)
+            nursery.start_soon(_limit_unwinding, watch, stream, cleanup_timeout)
             attendance.start()
             try:
                 if isinstance(client, bytes):
@@ -225,7 +225,7 @@ async def _talk(
         nursery.cancel_scope.cancel()
 
 
-async def _limit_unwinding(watch: Watch, connection: MemorySocket, seconds: float) -> None:
+async def _limit_unwinding(watch: Watch, stream: MemoryClient, seconds: float) -> None:
     """Blame a cancelled handler that takes too long; help it to its end if possible."""
     await watch.cancelled.wait()
     with trio.move_on_after(seconds):
@@ -234,4 +234,4 @@ async def _limit_unwinding(watch: Watch, connection: MemorySocket, seconds: floa
     places = "; ".join(place_of(task) for task in watch.tasks)
     watch.relent(f"it had not ended {seconds:g} s after that, and was at {places}")
     # It may be its client that it waits for, behind a shield that nobody else can remove.
-    await connection.aclose()
+    stream.close()

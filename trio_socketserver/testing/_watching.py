@@ -25,11 +25,11 @@ from .._log import log
 from .._server import Handler
 from ._places import chain_of, is_shielded_checkpoint, place_of
 
-DELIVERIES_LIMIT: Final = 10_000
+DELIVERIES_LIMIT: Final = 1000
 """How often `Cancelled` may be raised in a handler until it ends.
 
-Unwinding takes one or a few for each task; a loop that catches it takes any number. This
-many pass in a fraction of a second.
+Unwinding takes one or a few for each task, a loop that catches it any number. A thousand
+pass in less than a tenth of a second.
 """
 
 
