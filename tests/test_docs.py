@@ -38,6 +38,7 @@ import trustme
 from helpers import connect, is_refused, receive, running
 
 import trio_socketserver
+import trio_socketserver.testing
 from trio_socketserver._accept import BACK_OFF_FIRST, BACK_OFF_LIMIT
 from trio_socketserver._cli import DEFAULT_BIND, make_parser, make_server
 from trio_socketserver._crew import (
@@ -66,6 +67,8 @@ from trio_socketserver._stdlib_servers import DAEMON_GRACE, SHUTDOWN_TIMEOUT
 from trio_socketserver._tls import HANDSHAKE_TIMEOUT
 from trio_socketserver._worker_process import WORKER_BATCH
 from trio_socketserver._workers import IDLE_SECONDS
+from trio_socketserver.testing._cancellation import CLEANUP_TIMEOUT
+from trio_socketserver.testing._watching import DELIVERIES_LIMIT
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -1681,3 +1684,52 @@ def activated(block: Block, folder: Path) -> None:
             assert exchange(listener.getsockname(), b"") == b"hello\n"
             process.send_signal(signal.SIGTERM)
             assert process.wait() == 0
+
+
+# -- testing -------------------------------------------------------------------------------
+
+
+@scenario("testing.rst: greeter.py")
+def greeter(block: Block, folder: Path) -> None:
+    with Program.of(block, folder) as program:
+        assert exchange(program.address(), b"Ann\n") == b"Hello, Ann\nGoodbye.\n"
+        program.end_quietly()
+
+
+@scenario(
+    "testing.rst: test_greeter.py",
+    "testing.rst: test_guests.py",
+    "testing.rst: test_upper.py",
+    "testing.rst: test_cancellation.py",
+    "testing.rst: test_serving.py",
+    "testing.rst: test_in_thread.py",
+)
+def tests_of_the_page(block: Block, folder: Path) -> None:
+    (folder / "greeter.py").write_text(BLOCKS["testing.rst: greeter.py"].text)
+    (folder / block.name).write_text(block.text)
+    options = ["-o", "trio_mode=true", "-W", "error", "-s"]
+    with Program(folder, "-m", "pytest", *options, block.name) as program:
+        code, stdout, stderr = program.end()
+    assert (code, stderr) == (0, ""), stdout + stderr
+    if block.name == "test_cancellation.py":
+        printed = BLOCKS["testing.rst: after test_cancellation.py"].text
+        assert printed in stdout.replace(f"{folder}{os.sep}", "")
+
+
+def test_every_testing_helper_is_described() -> None:
+    reference = (ROOT / "docs" / "reference.rst").read_text()
+    section = reference.partition("currentmodule:: trio_socketserver.testing\n")[2]
+    section = section.partition(".. currentmodule::")[0]
+    described = re.findall(r"^\.\. auto(?:function|class):: (\w+)", section, re.MULTILINE)
+    assert sorted(described) == sorted(trio_socketserver.testing.__all__)
+
+
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        f"Cancelled was raised {DELIVERIES_LIMIT} times",
+        f"it had not ended {CLEANUP_TIMEOUT:g} s after that",
+    ],
+)
+def test_numbers_of_testing(phrase: str) -> None:
+    assert phrase in (ROOT / "docs" / "testing.rst").read_text()
