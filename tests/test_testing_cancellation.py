@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import math
 import subprocess
 import sys
 import threading
@@ -51,6 +52,8 @@ async def one_line(client: MemoryClient) -> None:
 async def two_lines(client: MemoryClient) -> None:
     await one_line(client)
     await one_line(client)
+    await client.send_eof()
+    await client.rfile.read()
 
 
 async def leaving(client: MemoryClient) -> None:
@@ -700,6 +703,22 @@ async def test_finds_a_finish_that_fails_after_a_cancellation() -> None:
     assert headline == f"the handler, cancelled at {place}"
     assert problem.startswith("- finish() raised AttributeError(")
     assert isinstance(caught.value.__cause__, AttributeError)
+
+
+@bounded
+async def test_an_error_of_finish_is_told_once() -> None:
+    class Late(BaseRequestHandler):
+        async def handle(self) -> None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self.is_cancelled = trio.current_effective_deadline() == -math.inf
+
+        async def finish(self) -> None:
+            if self.is_cancelled:
+                raise Oops
+
+    headline, *problems = (await fault_of(Late, silent)).splitlines()
+    assert headline == "the handler, cancelled before its first step"
+    assert problems == ["- finish() raised Oops()"]
 
 
 class Awaitable:

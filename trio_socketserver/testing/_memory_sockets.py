@@ -50,9 +50,9 @@ class MemoryClient(trio.abc.HalfCloseableStream):
         self._stream = stream
         self.server = server
         self.client_address = client_address
-        self.is_closed = False
-        self.rfile = StreamReader(self)
-        self.wfile = StreamWriter(self)
+        self.is_closed: bool = False
+        self.rfile: StreamReader = StreamReader(self)
+        self.wfile: StreamWriter = StreamWriter(self)
 
     async def send_all(self, data: Buffer) -> None:
         """Send *data*; there is always room for it.
