@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from trio_socketserver import (
     TCPServer,
     UnixStreamServer,
 )
+from trio_socketserver.testing import serving
 
 each_stream_server = pytest.mark.parametrize("server_class", STREAM_SERVERS, ids=class_name)
 each_datagram_server = pytest.mark.parametrize(
@@ -63,14 +64,6 @@ class Protocol(StreamRequestHandler):
                     else:
                         reply = await self.rfile.readexactly(size)
             await self.wfile.write(reply)
-
-
-@contextlib.asynccontextmanager
-async def serving(server: Any) -> AsyncIterator[None]:
-    async with server, trio.open_nursery() as nursery:
-        await nursery.start(server.serve_forever)
-        yield
-        await server.shutdown()
 
 
 @pytest.fixture(autouse=True)

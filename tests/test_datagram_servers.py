@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from trio_socketserver import (
     UDPServer,
     UnixDatagramServer,
 )
+from trio_socketserver.testing import serving
 
 LOCALHOST = ("127.0.0.1", 0)
 
@@ -63,14 +63,6 @@ def collecting(server_class: type[Any], folder: Path) -> Any:
     server = server_class(bind_address(server_class, folder), Collect)
     server.received = []
     return server
-
-
-@contextlib.asynccontextmanager
-async def serving(server: Any) -> AsyncIterator[None]:
-    async with server, trio.open_nursery() as nursery:
-        await nursery.start(server.serve_forever)
-        yield
-        await server.shutdown()
 
 
 def arrived(client: socket.socket) -> bool:

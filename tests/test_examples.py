@@ -40,13 +40,13 @@ from helpers import (
     is_refused,
     line_of,
     printed_address,
-    receive_to_end,
     receive_until_closed,
     running,
 )
 
 from trio_socketserver import NurseryTCPServer
 from trio_socketserver._cli import make_parser, parse_address
+from trio_socketserver.testing import check_cancellation, memory_connection
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
@@ -148,6 +148,53 @@ def answers(name: str, address: tuple[str, int]) -> list[str]:
         ).stdout
         for command in tried_commands(name, address)
     ]
+
+
+async def say_hello(client):
+    await client.send_all(b"hello\n")
+    assert await client.rfile.readline() == b"hello\n"
+
+
+async def enter_and_speak(client):
+    assert await client.rfile.readexactly(11) == b"your name? "
+    await client.send_all(b"ann\n")
+    assert await client.rfile.readline() == b"* ann is here\r\n"
+    await client.send_all(b"hello\n")
+    assert await client.rfile.readline() == b"ann: hello\r\n"
+
+
+async def send_frames(client):
+    await client.send_all(frame(b"hello"))
+    assert await client.rfile.readexactly(36) == frame(hashlib.sha256(b"hello").digest())
+    await client.send_all(LENGTH.pack(1024 * 1024 + 1))
+    assert b"error: " in await client.rfile.read()
+
+
+async def be_counted(client):
+    assert (await client.rfile.read()).startswith(b"you are number ")
+
+
+@pytest.mark.parametrize(
+    ("name", "handler", "client"),
+    [
+        ("echo_server.py", "Echo", say_hello),
+        ("chat_room.py", "Visitor", enter_and_speak),
+        ("framed_protocol.py", "Digests", send_frames),
+        ("access_control.py", "count", be_counted),
+        ("syslog_collector.py", "Message", b"<11>disk full"),
+    ],
+)
+async def test_handlers_can_be_cancelled_anywhere(name, handler, client, autojump_clock):
+    module = load(name)
+    address = ("127.0.0.1", 0)
+    servers = {
+        "chat_room.py": lambda: module.ChatRoom(address),
+        "access_control.py": lambda: module.GuardedServer(address, ["192.0.2.0/24"]),
+        "syslog_collector.py": lambda: module.Collector(address),
+    }
+    server = servers[name]() if name in servers else None
+    assert await check_cancellation(getattr(module, handler), client, server=server)
+    assert not getattr(server, "visitors", None)
 
 
 # -- echo_server.py ------------------------------------------------------------------------
@@ -387,16 +434,11 @@ def test_framed_protocol_refuses_a_large_frame(digests):
 
 
 async def test_framed_protocol_does_not_wait_for_ever(autojump_clock):
-    module = load("framed_protocol.py")
-    async with NurseryTCPServer(("127.0.0.1", 0), module.Digests) as server:
-        with connect(server.server_address) as client:
-            client.sendall(LENGTH.pack(5) + b"hell")
-            await server.handle_request()
-            await trio.sleep(10.1)
-            expected = frame(b"error: a frame must be complete within 10 s")
-            assert await receive_to_end(client) == expected
-        await server.server_close()
-    assert server.statistics().completed == 1
+    async with memory_connection(load("framed_protocol.py").Digests) as client:
+        await client.send_all(LENGTH.pack(5) + b"hell")
+        expected = frame(b"error: a frame must be complete within 10 s")
+        assert await client.rfile.read() == expected
+    assert trio.current_time() == 10
 
 
 @pytest.mark.parametrize("data", [b"\0\0", LENGTH.pack(5), LENGTH.pack(5) + b"hell"])

@@ -33,6 +33,7 @@ from trio_socketserver import (
 from trio_socketserver._draining import Drain
 from trio_socketserver._files import StreamReader, StreamWriter
 from trio_socketserver._handlers import HandlerKind, handler_kind, run_handler
+from trio_socketserver.testing import converse, serving
 
 CLEANUP_TIMEOUT = 5.0
 
@@ -539,10 +540,9 @@ async def test_through_a_server() -> None:
 
     with trio.fail_after(5):
         server = NurseryTCPServer(("127.0.0.1", 0), Exact)
-        async with server, trio.open_nursery() as nursery:
-            await nursery.start(server.serve_forever)
+        async with serving(server):
             assert await ask(server, b"short") == b"SHORT"
-            await server.shutdown()
+        assert await converse(Exact, b"short") == b"SHORT"
 
 
 # -- DatagramRequestHandler -------------------------------------------------------------
