@@ -210,6 +210,29 @@ async def test_what_cannot_be_cancelled_may_return() -> None:
 
 
 @bounded
+async def test_moments_are_before_the_first_step_and_twice_at_each_checkpoint() -> None:
+    """Of the two here one is that of closing the connection; none is after the end."""
+
+    async def one_step(request: Any, client_address: Any, server: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    assert await check_cancellation(one_step, silent) == 1 + 2 * 2
+
+
+@bounded
+async def test_what_finish_cancels_itself_is_no_cancellation_of_the_handler() -> None:
+    class Polling(BaseRequestHandler):
+        async def handle(self) -> None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+        async def finish(self) -> None:
+            with trio.move_on_after(0):
+                await trio.sleep_forever()
+
+    assert await check_cancellation(Polling, silent)
+
+
+@bounded
 async def test_a_peers_fault_is_none_of_the_handlers() -> None:
     """Nor is it in the place of a cancellation, or out of finish()."""
 

@@ -138,7 +138,11 @@ class Watch(trio.abc.Instrument):
         self._pass_moment(task, "after")
 
     def task_scheduled(self, task: Task) -> None:
-        """A task need not wait any longer: perhaps because it is cancelled."""
+        """A task need not wait any longer: perhaps because it is cancelled.
+
+        Whose scope it is cannot be told. So `unwound`: finish() is shielded from ours, and
+        may have scopes of its own.
+        """
         if (
             self.cancelled.is_set()
             and not self.unwound.is_set()
