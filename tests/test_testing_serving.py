@@ -115,6 +115,17 @@ async def test_serves_with_workers() -> None:
 
 
 @bounded
+async def test_a_server_can_be_entered_once_at_a_time() -> None:
+    async with serving(NurseryTCPServer(LOCAL, echo_all)) as address:
+        server = NurseryTCPServer.from_socket(socket.create_server(LOCAL), echo_all)
+        async with server:
+            with pytest.raises(RuntimeError, match="entered already"):
+                async with serving(server):
+                    raise AssertionError("not reached")
+        assert not is_refused(address)
+
+
+@bounded
 async def test_the_end_waits_for_requests() -> None:
     class Slow(StreamRequestHandler):
         async def handle(self) -> None:

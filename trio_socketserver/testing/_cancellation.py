@@ -127,7 +127,8 @@ async def check_cancellation(
         handler: a handler class, or a coroutine function.
         client: an async function, called in each run with the client's end, which is closed
             when it returns; or bytes, and the handler is given them as a datagram.
-        server: see `memory_connection`; the same in every run.
+        server: see `memory_connection`; the same in every run, and entered and closed in
+            each unless it has been entered.
         cleanup_timeout: seconds that a cancelled handler may take to unwind, and then its
             ``finish()``. A server passed keeps its own ``cleanup_timeout`` for the latter.
 
@@ -186,7 +187,7 @@ async def _was_cancelled(
                 else:
                     await _talk(client, stream, watch, attendance)
             finally:
-                await attendance.cancel()  # noqa: ASYNC102 (bounded by _limit_unwinding)
+                await attendance.cancel()  # noqa: ASYNC102 (it ends with the handler)
             nursery.cancel_scope.cancel()
         error = attendance.error
         if error is not None and not is_peer_fault(error):

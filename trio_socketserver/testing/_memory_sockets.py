@@ -36,7 +36,11 @@ class MemoryClient(trio.abc.HalfCloseableStream):
     """The client's end of a `memory_connection`.
 
     It is a stream; and it has the two files that a handler has, with the same methods. What
-    ``rfile`` has read ahead, ``receive_some()`` does not see: use one of them.
+    ``rfile`` has read ahead, ``receive_some()`` does not see: use one of them. The end of
+    the `memory_connection` closes it, and so may the test.
+
+    Each method is a checkpoint, but for `close`. Cancellation: what has not been received
+    can be received later, and what has not been sent never will be; `aclose` closes anyway.
 
     Attributes:
         rfile: a reader, as in `StreamRequestHandler`.
@@ -59,7 +63,8 @@ class MemoryClient(trio.abc.HalfCloseableStream):
 
         Raises:
             trio.BrokenResourceError: the handler's end has been closed.
-            trio.ClosedResourceError: this end has.
+            trio.ClosedResourceError: this end has, or `send_eof` has been called.
+            trio.BusyResourceError: another task is sending.
         """
         await self._stream.send_all(data)
 
@@ -68,7 +73,11 @@ class MemoryClient(trio.abc.HalfCloseableStream):
         await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """Tell the handler that nothing more will be sent; receiving goes on."""
+        """Tell the handler that nothing more will be sent; receiving goes on.
+
+        Raises:
+            trio.ClosedResourceError: this end has been closed.
+        """
         await self._stream.send_eof()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -76,11 +85,15 @@ class MemoryClient(trio.abc.HalfCloseableStream):
 
         Returns:
             The bytes; ``b""`` when the handler has finished sending.
+
+        Raises:
+            trio.ClosedResourceError: this end has been closed.
+            trio.BusyResourceError: another task is receiving.
         """
         return bytes(await self._stream.receive_some(max_bytes))
 
     def close(self) -> None:
-        """Close the connection, as a client that leaves."""
+        """Close the connection, as a client that leaves. No checkpoint; idempotent."""
         self.is_closed = True
         close_now(self._stream)
 

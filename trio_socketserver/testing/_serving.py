@@ -40,6 +40,7 @@ async def serving(server: BaseServer) -> AsyncGenerator[Any]:
         The server's address. Who connects to it is served, at once.
 
     Raises:
+        RuntimeError: the server has been entered already.
         BaseException: what the server raises, bare; the block is cancelled. What the block
             raises leaves it unchanged, and cancels the requests. If both fail, the two
             leave as a group.
