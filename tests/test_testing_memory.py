@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import socket
+import ssl
 import types
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from helpers import REAL_LIMIT, ask, assert_sums_up, bounded, echo_all
+from helpers import REAL_LIMIT, ask, assert_sums_up, bounded, class_name, echo_all
 from trio.testing import MockClock
 
 from trio_socketserver import (
@@ -23,8 +24,11 @@ from trio_socketserver import (
     IncompleteRead,
     NurseryTCPServer,
     NurseryUDPServer,
+    PreforkingMixIn,
     RequestTimeout,
     StreamRequestHandler,
+    TCPServer,
+    ThreadingTCPServer,
 )
 from trio_socketserver.testing import (
     MemoryClient,
@@ -410,6 +414,23 @@ async def test_two_clients_of_one_server() -> None:
             assert await bob.rfile.readline() == b"hi\n"
         assert server.statistics().completed == 2
         assert not vars(server)["members"]
+
+
+class WithWorkers(PreforkingMixIn, NurseryTCPServer):
+    """Handles in its own process what has not come through its socket."""
+
+
+@pytest.mark.parametrize(
+    "server_class", [TCPServer, ThreadingTCPServer, WithWorkers], ids=class_name
+)
+@bounded
+async def test_what_a_server_accepts_connections_with_is_not_used(
+    server_class: Any,
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server = server_class(LOCAL, Echo, bind_and_activate=False, ssl_context=context)
+    assert await converse(Echo, b"hello\n", server=server) == b"hello\n"
+    assert server.statistics().completed == 1
 
 
 @bounded

@@ -46,7 +46,8 @@ async def memory_connection(
             that listens nowhere. A `BaseServer` is entered, unless it has been, and handles
             the request as one that it has accepted, by its hooks ``verify_request()``,
             ``finish_request()``, ``handle_error()`` and ``shutdown_request()``. (Make it
-            with ``bind_and_activate=False``.) Anything else is only handed to the handler.
+            with ``bind_and_activate=False``.) Its ``ssl_context`` is not used. Anything
+            else is only handed to the handler.
         client_address: what the handler gets as its client's address.
 
     Yields:
