@@ -44,7 +44,6 @@ from helpers import (
     running,
 )
 
-from trio_socketserver import NurseryTCPServer
 from trio_socketserver._cli import make_parser, parse_address
 from trio_socketserver.testing import check_cancellation, memory_connection
 
