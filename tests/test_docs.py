@@ -13,6 +13,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import socket
 import socketserver
@@ -507,10 +508,10 @@ def talk(block: Block, folder: Path) -> None:
             assert client.end() == (0, "ONE\nTWO\n", "")
 
 
-def talking(folder: Path, words: list[str], port: int) -> Program:
-    """Start the tutorial's client."""
-    client = folder / "talk.py"
-    client.write_text(BLOCKS["tutorial.rst: talk.py"].text.replace("9999", str(port)))
+def talking(folder: Path, words: list[str], port: int, name: str = "talk.py") -> Program:
+    """Start the tutorial's client, or the one over TLS."""
+    client = folder / name
+    client.write_text(BLOCKS[f"tutorial.rst: {name}"].text.replace("9999", str(port)))
     return Program(folder, str(client), *words)
 
 
@@ -553,15 +554,6 @@ def many_clients(block: Block, folder: Path) -> None:
         assert program.end() == (0, "", "")
 
 
-@scenario("tutorial.rst: clock.py")
-def clock(block: Block, folder: Path) -> None:
-    with Program.of(block, folder) as program:
-        assert re.fullmatch(
-            rb"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4}\n", exchange(program.address(), b"")
-        )
-        program.end_quietly()
-
-
 @scenario("tutorial.rst: chat.py")
 def chat(block: Block, folder: Path) -> None:
     with Program.of(block, folder) as program:
@@ -586,12 +578,35 @@ def chat(block: Block, folder: Path) -> None:
         assert program.end() == (0, "", "")
 
 
+def write_programs(folder: Path, *names: str) -> None:
+    """Write the tutorial's programs that a later one imports."""
+    for name in names:
+        (folder / name).write_text(BLOCKS[f"tutorial.rst: {name}"].text)
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Let the programs in *folder* be imported, and forget them afterwards."""
+    known = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for path in folder.glob("*.py"):
+            if path.stem not in known:
+                sys.modules.pop(path.stem, None)
+
+
 @scenario("tutorial.rst: careful.py")
 def careful(block: Block, folder: Path) -> None:
+    write_programs(folder, "chat.py")
     with Program.of(block, folder) as program:
         address = program.address()
         assert say(address, "x" * 999) == ["x" * 999]
-        assert say(address, "x" * 1001) == [""]
+        with connect(address) as endless:
+            endless.sendall(b"x" * 1000)
+            assert endless.recv(1) == b""
         program.interrupt()
         code, stdout, stderr = program.end()
         assert (code, stdout) == (0, "")
@@ -599,9 +614,11 @@ def careful(block: Block, folder: Path) -> None:
         assert line.startswith("INFO:trio_socketserver:")
         assert "LineTooLong" in line
 
-    namespace = loaded(block)
-    server_class, handler = namespace["CarefulServer"], namespace["CarefulEcho"]
+    with importable(folder):
+        namespace = loaded(block)
+    server_class, handler = namespace["CarefulRoom"], namespace["CarefulMember"]
     assert server_class.max_tasks == 100
+    assert server_class.request_timeout == 24 * 60 * 60
     virtual = trio.testing.MockClock()
 
     async def silent_client() -> None:
@@ -611,7 +628,7 @@ def careful(block: Block, folder: Path) -> None:
         ):
             nursery.start_soon(server.serve_forever)
             with connect(server.server_address) as client:
-                for seconds in (59, 59):
+                for seconds in (599, 599):
                     client.sendall(b"x\n")
                     assert await in_thread(client.recv, 9) == b"x\n"
                     await trio.testing.wait_all_tasks_blocked()
@@ -628,6 +645,22 @@ def careful(block: Block, folder: Path) -> None:
     trio.run(silent_client, clock=virtual)
 
 
+@scenario("tutorial.rst: after careful.py")
+def too_long(block: Block, folder: Path) -> None:
+    """The client prints an empty answer."""
+    write_programs(folder, "chat.py")
+    command = block.text.removeprefix("$ ")
+    with Program.of(BLOCKS["tutorial.rst: careful.py"], folder) as program:
+        port = program.address()[1]
+        talk_program = BLOCKS["tutorial.rst: talk.py"].text
+        (folder / "talk.py").write_text(talk_program.replace("9999", str(port)))
+        assert command.startswith("python ")
+        python = shlex.quote(sys.executable)
+        assert shell(command.replace("python", python, 1), port, folder) == ""
+        program.interrupt()
+        assert program.end()[2].count("LineTooLong") == 1
+
+
 async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a plain blocking function, which has a timeout of its own."""
     return await trio.to_thread.run_sync(function, *arguments)
@@ -637,47 +670,148 @@ async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
 def forgetful(block: Block, folder: Path) -> None:
     with pytest.raises(TypeError) as caught:
         exec(block.text, {"NurseryTCPServer": trio_socketserver.NurseryTCPServer})
-    assert f"TypeError: {caught.value}\n" == BLOCKS["tutorial.rst: raised"].text
+    shown = " ".join(BLOCKS["tutorial.rst: raised"].text.split())
+    assert f"TypeError: {caught.value}" == shown
 
 
-@scenario("tutorial.rst: polite.py")
-def polite(block: Block, folder: Path) -> None:
+def write_secure_programs(folder: Path) -> None:
+    """Write what the programs of the tutorial's last steps need."""
+    write_programs(folder, "chat.py", "careful.py", "secure.py", "service.py")
+    write_certificates(folder)
+
+
+@scenario("tutorial.rst: certificate")
+def certificate(block: Block, folder: Path) -> None:
+    """It is one that the tutorial's client trusts."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl program")
+    write_programs(folder, "chat.py", "careful.py")
+    shell(block.text.removeprefix("$ "), 0, folder)
+    with Program.of(BLOCKS["tutorial.rst: secure.py"], folder) as program:
+        with talking(folder, ["one", "two"], program.address()[1], "talk_tls.py") as client:
+            assert client.end() == (0, "one\ntwo\n", "")
+        program.end_quietly()
+
+
+@scenario("tutorial.rst: secure.py")
+def secure(block: Block, folder: Path) -> None:
+    write_secure_programs(folder)
     with Program.of(block, folder) as program:
         address = program.address()
-        with connect(address) as client, client.makefile("rb") as answers:
+        with connect(address), shake_hands(address) as client:  # One says nothing.
             client.sendall(b"hello\n")
-            assert answers.readline() == b"hello\n"
+            assert client.recv(99) == b"hello\n"
+        program.interrupt()
+        assert program.end()[:2] == (0, "")
+
+
+@scenario("tutorial.rst: talk_tls.py", "tutorial.rst: talk over TLS")
+def talk_tls(block: Block, folder: Path) -> None:
+    command, *shown = BLOCKS["tutorial.rst: talk over TLS"].text.splitlines()
+    prompt, python, client_name, *words = shlex.split(command)
+    assert (prompt, python, client_name) == ("$", "python", "talk_tls.py")
+    write_secure_programs(folder)
+    with Program.of(BLOCKS["tutorial.rst: secure.py"], folder) as program:
+        port = program.address()[1]
+        trustme.CA().cert_pem.write_to_path(folder / "cert.pem")
+        with talking(folder, words, port, client_name) as stranger:
+            assert "CERTIFICATE_VERIFY_FAILED" in stranger.end()[2]
+        # The test's certificate has an issuer. The tutorial's vouches for itself.
+        AUTHORITY.cert_pem.write_to_path(folder / "cert.pem")
+        with talking(folder, words, port, client_name) as client:
+            assert client.end() == (0, "".join(f"{line}\n" for line in shown), "")
+        program.interrupt()
+        assert program.end()[:2] == (0, "")
+
+
+@scenario("tutorial.rst: service.py")
+def service(block: Block, folder: Path) -> None:
+    write_secure_programs(folder)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with Program.of(block, folder) as program:
+            with shake_hands(program.address()) as client:
+                assert program.line() == "the room is open"
+                client.sendall(b"hello\n")
+                assert client.recv(99) == b"hello\n"
+                program.process.send_signal(number)
+                with client.makefile("rb") as answers:
+                    assert answers.read() == b"the room closes, goodbye\n"
+            assert program.end() == (0, "members who have left: 1\n", "")
+    with importable(folder):
+        assert loaded(block)["PoliteRoom"].graceful_timeout == 10
+
+
+@scenario("tutorial.rst: stay")
+def stay(block: Block, folder: Path) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl program")
+    write_secure_programs(folder)
+    with Program.of(BLOCKS["tutorial.rst: service.py"], folder) as program:
+        port = program.address()[1]
+        assert program.line() == "the room is open"
+        prompt, *command = shlex.split(block.text.replace("9999", str(port)))
+        assert prompt == "$"
+        AUTHORITY.cert_pem.write_to_path(folder / "cert.pem")
+        with subprocess.Popen(
+            command,
+            cwd=folder,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            client.stdin.write(b"hello\n")
+            assert client.stdout.read(6) == b"hello\n"
             program.interrupt()
-            assert answers.read() == b"the server closes, goodbye\n"
-        assert program.end() == (0, "", "")
-    assert loaded(block)["PoliteServer"].graceful_timeout == 10
+            assert client.communicate(timeout=LIMIT)[0] == b"the room closes, goodbye\n"
+        assert program.end() == (0, "members who have left: 1\n", "")
 
 
-@scenario("tutorial.rst: both.py")
-def both(block: Block, folder: Path) -> None:
-    with Program.of(block, folder) as program:
-        tcp, udp = program.address(), program.address()
-        assert say(tcp, "hello") == ["HELLO"]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.settimeout(LIMIT)
-            client.connect(udp)
-            client.send(b"hello")
-            assert client.recv(99) == b"HELLO"
-        assert say(tcp, "stop") == [""]
-        assert program.end() == (0, "connections: 2\ndatagrams: 1\n", "")
+@scenario("tutorial.rst: stop by SIGTERM")
+def stop(block: Block, folder: Path) -> None:
+    """Typed as it is, but for the port; and the server says itself when it is there."""
+    write_secure_programs(folder)
+    source = BLOCKS["tutorial.rst: service.py"].text
+    (folder / "service.py").write_text(source.replace("9999", "0"))
+    lines = block.text.splitlines()
+    first, second = (line.removeprefix("$ ") for line in lines if line.startswith("$ "))
+    assert first.startswith("python ")
+    assert "sleep 2" in second
+    script = "{}\n{}\n".format(
+        first.replace("python", shlex.quote(sys.executable), 1),
+        second.replace("sleep 2", "read there"),
+    )
+    package = Path(trio_socketserver.__file__).parent.parent
+    with subprocess.Popen(
+        ["sh", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as terminal:
+        assert terminal.stdout is not None
+        said = terminal.stdout.readline()
+        said += terminal.communicate("\n", timeout=LIMIT)[0]
+    assert terminal.returncode == 0
+    assert said.splitlines() == lines[2:]
 
 
-@scenario("tutorial.rst: test_lines.py")
+@scenario("tutorial.rst: test_service.py", "tutorial.rst: test it")
 def a_test(block: Block, folder: Path) -> None:
-    echo = loaded(BLOCKS["tutorial.rst: lines.py"])["Echo"]
-    with imported_as("lines", Echo=echo):
-        test = loaded(block)["test_echo"]
-
-    async def bounded() -> None:
-        with trio.fail_after(LIMIT):
-            await test()
-
-    trio.run(bounded)
+    write_secure_programs(folder)
+    write_programs(folder, "test_service.py")
+    shown = BLOCKS["tutorial.rst: test it"].text.splitlines()
+    prompt, *install = shlex.split(shown[0])
+    assert (prompt, install) == ("$", ["pip", "install", "pytest", "pytest-trio"])
+    prompt, python, *arguments = shlex.split(shown[1])
+    assert (prompt, python) == ("$", "python")
+    with Program(folder, "-X", "faulthandler", *arguments) as tests:
+        code, printed, complaints = tests.end()
+    assert (code, complaints) == (0, "")
+    assert printed.splitlines()[-1].startswith(f"{shown[2]} in ")
 
 
 @contextmanager
