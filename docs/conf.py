@@ -2,7 +2,8 @@
 
 Needs no network: links to Python's and trio's documentation are computed, see
 `_extensions/outside_names.py`, and the diagram is drawn from the package's own table, see
-`_extensions/lifecycle.py`.
+`_extensions/lifecycle.py`. Pages are for a desk and a phone: the tables need
+`_extensions/narrow_tables.py` for that, and `_static/style.css`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ extensions = [
     "lifecycle",
     "module_map",
     "completeness",
+    "narrow_tables",
 ]
 # sphinxcontrib-trio, which shows coroutine methods as they are called, extends autodoc's
 # documenter classes. Sphinx 9 has others, and keeps these behind a switch.

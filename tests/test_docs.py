@@ -1428,7 +1428,7 @@ def lock(block: Block, folder: Path) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="came with Python 3.12")
 def test_the_warning_of_forking_with_threads() -> None:
     """It is Python's, in these words."""
-    expected = BLOCKS["processes.rst: warning"].text.strip()
+    expected = " ".join(BLOCKS["processes.rst: warning"].text.split())
     program = (
         "import os, threading; done = threading.Event()\n"
         "threading.Thread(target=done.wait).start(); pid = os.fork()\n"
