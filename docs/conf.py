@@ -46,3 +46,5 @@ html_title = f"trio_socketserver {release}"
 html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+# Furo's own choice underlines the names of classes, as if they were links.
+pygments_dark_style = "github-dark"
