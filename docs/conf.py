@@ -30,6 +30,7 @@ extensions = [
     "module_map",
     "completeness",
     "narrow_tables",
+    "changelog_page",
 ]
 # sphinxcontrib-trio, which shows coroutine methods as they are called, extends autodoc's
 # documenter classes. Sphinx 9 has others, and keeps these behind a switch.

@@ -808,7 +808,7 @@ def a_test(block: Block, folder: Path) -> None:
     assert (prompt, install) == ("$", ["pip", "install", "pytest", "pytest-trio"])
     prompt, python, *arguments = shlex.split(shown[1])
     assert (prompt, python) == ("$", "python")
-    with Program(folder, "-X", "faulthandler", *arguments) as tests:
+    with Program(folder, *arguments) as tests:
         code, printed, complaints = tests.end()
     assert (code, complaints) == (0, "")
     assert printed.splitlines()[-1].startswith(f"{shown[2]} in ")
