@@ -99,3 +99,15 @@ def test_cells_know_their_column_and_names_may_break(pages: Path) -> None:
     life, _, _ = handlers.partition('<section id="reading">')
     assert "<td" in life
     assert "data-label" not in life
+
+
+def test_the_changelog_is_converted(pages: Path) -> None:
+    text = (DOCS.parent / "CHANGELOG.md").read_text()
+    page = (pages / "changelog.html").read_text()
+    article = page[page.index("<article") : page.index("</article>")]
+    for level, mark in ((2, "##"), (3, "###")):
+        shown = re.findall(rf"<h{level}>(.*?)<a ", article)
+        titles = re.findall(rf"^{mark} (.*)$", text, re.MULTILINE)
+        assert shown == [re.sub(r"[][]", "", title) for title in titles] != []
+    assert article.count("<li>") == len(re.findall(r"^- ", text, re.MULTILINE))
+    assert "`" not in article
