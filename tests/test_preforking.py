@@ -438,9 +438,10 @@ async def test_workers_that_cannot_start_end_the_server(
 ) -> None:
     monkeypatch.setattr(_crew, "START_ATTEMPTS", 2)
     server = Breaks(LOCAL, evaluate)
-    async with server, trio.open_nursery() as nursery:
+    async with server:
+        # Not by Nursery.start(), which takes the cause away before trio 0.33.
         with pytest.raises(ChildFailed, match="2 worker processes in a row") as caught:
-            await nursery.start(server.serve_forever)
+            await server.serve_forever()
         shown = f"{caught.value}{caught.value.__cause__}"
         assert "LookupError: no luck" in shown
         assert ", in __setstate__\n" in shown
@@ -467,9 +468,9 @@ async def test_a_module_that_only_a_worker_cannot_import(
     monkeypatch.setattr(_crew, "START_ATTEMPTS", 1)
     server = Tasks(LOCAL, handler)
     try:
-        async with server, trio.open_nursery() as nursery:
+        async with server:
             with pytest.raises(ChildFailed) as caught:
-                await nursery.start(server.serve_forever)
+                await server.serve_forever()
     finally:
         del sys.modules[module.stem]
     shown = f"{caught.value}{caught.value.__cause__}"
