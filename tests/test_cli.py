@@ -11,6 +11,7 @@ import fcntl
 import functools
 import logging
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -21,6 +22,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,16 @@ from helpers import (
     running,
 )
 
-from trio_socketserver import BaseRequestHandler, StreamRequestHandler, _cli, run
+import trio_socketserver
+from trio_socketserver import (
+    BaseRequestHandler,
+    StreamRequestHandler,
+    _cli,
+    _cli_arguments,
+    _cli_output,
+    _cli_server,
+    run,
+)
 from trio_socketserver._activation import take_listen_fds
 
 LOCAL = "--bind=127.0.0.1:0"
@@ -84,6 +95,7 @@ def nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("it would serve")
 
     monkeypatch.setattr(_cli, "run", refuse)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
 class Command:
@@ -171,9 +183,9 @@ def test_every_kind_of_server_serves(command, capsys, tmp_path, transport, optio
 
 
 def test_no_requests_are_said_to_be_none(command, capsys, monkeypatch):
-    def say_and_stop(*lines):
-        say(*lines)
-        if lines[0].startswith("serving"):
+    def say_and_stop(line):
+        say(line)
+        if line.startswith("serving"):
             signal.raise_signal(signal.SIGINT)
 
     say = _cli.say
@@ -233,8 +245,8 @@ def test_how_many_are_served_at_once(command, capsys, monkeypatch, options, peak
 def test_a_blocking_handler_is_served_in_threads(tmp_path, options, expected):
     options = [f"{o}{tmp_path}/s" if o == "--bind=unix:" else o for o in options]
     handler = "socketserver:BaseRequestHandler"
-    parser = _cli.make_parser()
-    server: Any = _cli.make_server(parser.parse_args([LOCAL, *options, handler]))
+    parser = _cli_arguments.make_parser()
+    server: Any = _cli_server.make_server(parser.parse_args([LOCAL, *options, handler]))
     assert type(server).__name__ == expected
     if "--max-requests-at-once=7" in options:
         assert server.max_threads == 7
@@ -266,9 +278,9 @@ def test_what_to_type_for_a_server_of_pages(tmp_path):
 )
 def test_what_to_type_for_pages(tmp_path, where, expected):
     options = [f"--bind={where.format(tmp_path)}", "http.server:SimpleHTTPRequestHandler"]
-    server: Any = _cli.make_server(_cli.make_parser().parse_args(options))
+    server: Any = _cli_server.make_server(_cli_arguments.make_parser().parse_args(options))
     place = tmp_path if "unix" in where else server.server_address[1]
-    assert _cli.try_it(server) == expected.format(place)
+    assert _cli_output.try_it(server) == expected.format(place)
     server._close_listener()
 
 
@@ -377,16 +389,21 @@ SURROGATE = os.fsdecode(b"not \xff utf-8")
 async def test_the_line_to_try_works(bind, udp, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--bind", bind, *["--udp"][:udp]]
-    server: Any = _cli.make_server(_cli.make_parser().parse_args(arguments))
+    server: Any = _cli_server.make_server(
+        _cli_arguments.make_parser().parse_args(arguments)
+    )
     with trio.fail_after(20):
         async with server, trio.open_nursery() as nursery:
             await nursery.start(server.serve_forever)
             tried = await trio.run_process(
-                _cli.try_it(server), shell=True, capture_stdout=True, capture_stderr=True
+                _cli_output.try_it(server),
+                shell=True,
+                capture_stdout=True,
+                capture_stderr=True,
             )
             await server.shutdown()
-    assert "'0.0.0.0'" not in _cli.try_it(server)
-    assert "'::'" not in _cli.try_it(server)
+    assert "'0.0.0.0'" not in _cli_output.try_it(server)
+    assert "'::'" not in _cli_output.try_it(server)
     assert (tried.stdout, tried.stderr) == (b"b'hello\\n'\n", b"")
     assert server.statistics().completed == 1
 
@@ -394,16 +411,16 @@ async def test_the_line_to_try_works(bind, udp, tmp_path, monkeypatch):
 def test_the_line_to_try_names_a_python_that_is_there(monkeypatch, tmp_path):
     with _server(LOCAL) as server:
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert shlex.split(_cli.try_it(server))[0] == sys.executable
+        assert shlex.split(_cli_output.try_it(server))[0] == sys.executable
         (tmp_path / "python").touch(0o755)
-        assert shlex.split(_cli.try_it(server))[0] == "python"
+        assert shlex.split(_cli_output.try_it(server))[0] == "python"
         (tmp_path / "python3").touch(0o755)
-        assert shlex.split(_cli.try_it(server))[0] == "python3"
+        assert shlex.split(_cli_output.try_it(server))[0] == "python3"
 
 
 @contextlib.contextmanager
 def _server(*arguments: str) -> Iterator[Any]:
-    server = _cli.make_server(_cli.make_parser().parse_args(arguments))
+    server = _cli_server.make_server(_cli_arguments.make_parser().parse_args(arguments))
     try:
         yield server
     finally:
@@ -414,10 +431,12 @@ def _server(*arguments: str) -> Iterator[Any]:
 def test_an_address_is_shown_as_bind_takes_it():
     for bind in ("127.0.0.1:0", "[::1]:0"):
         with _server("--bind", bind) as server:
-            shown = _cli.shown(server.server_address)
+            shown = _cli_output.shown(server.server_address)
             assert shown == bind.removesuffix("0") + str(server.server_address[1])
-            assert _cli.parse_address(shown)[1] == server.server_address[:2]
-    assert _cli.shown(_cli.parse_address("unix:/tmp/x")[1]) == "unix:/tmp/x"
+            assert _cli_arguments.parse_address(shown)[1] == server.server_address[:2]
+    assert (
+        _cli_output.shown(_cli_arguments.parse_address("unix:/tmp/x")[1]) == "unix:/tmp/x"
+    )
 
 
 def test_a_path_that_stdout_cannot_encode_is_escaped(command, capsys, tmp_path):
@@ -458,11 +477,13 @@ async def test_tls_and_the_line_to_try(tmp_path, certificate, where, pages):
     cert, key = certificate
     handler = "http.server:SimpleHTTPRequestHandler" if pages else f"{__name__}:OneLine"
     arguments = [bind, f"--tls-cert={cert}", f"--tls-key={key}", handler]
-    server: Any = _cli.make_server(_cli.make_parser().parse_args(arguments))
+    server: Any = _cli_server.make_server(
+        _cli_arguments.make_parser().parse_args(arguments)
+    )
     with trio.fail_after(20):
         async with server, trio.open_nursery() as nursery:
             await nursery.start(server.serve_forever)
-            line = _cli.try_it(server)
+            line = _cli_output.try_it(server)
             tried = await trio.run_process(
                 line, shell=True, capture_stdout=True, capture_stderr=True, stdin=b"hello\n"
             )
@@ -501,7 +522,7 @@ def test_what_to_type_for_pages_over_tls(tmp_path, certificate):
         f"--bind=unix:{tmp_path}/s", f"--tls-cert={cert}", f"--tls-key={key}", pages
     ) as server:
         expected = f"curl -k --unix-socket {tmp_path}/s https://localhost/"
-        assert _cli.try_it(server) == expected
+        assert _cli_output.try_it(server) == expected
 
 
 def test_a_certificate_and_its_key_may_be_one_file(certificate):
@@ -528,9 +549,12 @@ def test_bad_tls_options(capsys, certificate):
 
 
 def test_the_defaults():
-    options = _cli.make_parser().parse_args([])
+    options = _cli_arguments.make_parser().parse_args([])
     assert options.bind is options.fd is options.workers is None
-    assert _cli.parse_address(_cli.DEFAULT_BIND) == (socket.AF_INET, ("127.0.0.1", 9999))
+    assert _cli_arguments.parse_address(_cli_arguments.DEFAULT_BIND) == (
+        socket.AF_INET,
+        ("127.0.0.1", 9999),
+    )
     assert options.graceful_timeout == 30
     assert (
         options.handler is options.request_timeout is options.max_requests_at_once is None
@@ -543,11 +567,36 @@ def test_the_help_fits_a_small_screen(capsys, monkeypatch):
         _cli.main(["--help"])
     assert not ended.value.code
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) < 24
+    assert len(lines) <= 30
     assert max(map(len, lines)) < 80
     shown = "\n".join(lines)
-    for action in _cli.make_parser()._actions:
+    for action in _cli_arguments.make_parser()._actions:
         assert all(option in shown for option in action.option_strings)
+
+
+def test_the_examples_of_the_help_are_taken():
+    examples = re.findall(
+        r"^  python -m trio_socketserver (.*)$", _cli_arguments.EXAMPLES, re.MULTILINE
+    )
+    assert len(examples) == 2
+    for example in examples:
+        options = _cli_arguments.make_parser().parse_args(shlex.split(example))
+        assert ":" in options.handler
+
+
+def test_the_version(capsys, monkeypatch):
+    assert _cli.main(["--version"]) == 0
+    name = "trio-socketserver"
+    found = [metadata.version(name), trio.__version__, platform.python_version()]
+    shown = "{} {}, trio {}, Python {}\n"
+    assert capsys.readouterr() == (shown.format(name, *found), "")
+
+    def not_found(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_found)
+    assert _cli.main(["--version", "--bind=[::1]:1"]) == 0
+    assert capsys.readouterr().out == shown.format(name, "(not installed)", *found[1:])
 
 
 # -- bad arguments -------------------------------------------------------------------------
@@ -697,7 +746,7 @@ def test_an_address_in_use(capsys, tmp_path, udp):
     options = ["--udp"][:udp]
     for bind in (LOCAL, f"--bind=unix:{tmp_path}/s"):
         with _server(bind, *options) as server:
-            shown = _cli.shown(server.server_address)
+            shown = _cli_output.shown(server.server_address)
             line = complaint(capsys, f"--bind={shown}", *options)
             assert line == f"cannot bind {shown}: Address already in use"
 
@@ -933,8 +982,10 @@ def test_what_is_taken_is_taken_once(environ, descriptors):
 
 def test_a_descriptor_is_served():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        options = _cli.make_parser().parse_args([f"--fd={os.dup(listener.fileno())}"])
-        server = _cli.make_server(options)
+        options = _cli_arguments.make_parser().parse_args(
+            [f"--fd={os.dup(listener.fileno())}"]
+        )
+        server = _cli_server.make_server(options)
         assert server.server_address == listener.getsockname()
         assert not os.get_inheritable(server.fileno())
         server._close_listener()
@@ -948,7 +999,7 @@ def test_sockets_that_cannot_be_served(capsys):
         assert "of another family" in complaint(capsys, f"--fd={stranger.fileno()}")
         assert "not bound" in complaint(capsys, f"--fd={unbound.fileno()}")
         unbound.bind(("127.0.0.1", 0))
-        _cli.check_served(unbound, datagrams=True)
+        _cli_server.check_served(unbound, datagrams=True)
 
 
 def test_descriptors_that_cannot_be_served(capsys, monkeypatch, tmp_path):
@@ -1079,6 +1130,6 @@ def test_bad_numbers_of_workers(capsys, number):
 
 
 def test_without_worker_processes(capsys, monkeypatch):
-    monkeypatch.delattr(_cli.trio_socketserver, "PreforkingMixIn")
+    monkeypatch.delattr(trio_socketserver, "PreforkingMixIn")
     expected = "this system has no worker processes"
     assert complaint(capsys, LOCAL, "--workers=2") == expected

@@ -41,7 +41,8 @@ from helpers import connect, is_refused, receive, running
 import trio_socketserver
 import trio_socketserver.testing
 from trio_socketserver._accept import BACK_OFF_FIRST, BACK_OFF_LIMIT
-from trio_socketserver._cli import DEFAULT_BIND, make_parser, make_server
+from trio_socketserver._cli_arguments import DEFAULT_BIND, make_parser
+from trio_socketserver._cli_server import make_server
 from trio_socketserver._crew import (
     EXIT_TIMEOUT,
     LONGEST_RESTART_DELAY,
@@ -1650,7 +1651,7 @@ def test_reference_covers_the_command() -> None:
     assert dict(without) == {
         server.__name__.removesuffix("TCPServer").lower(): colour
         for server, colour in (
-            (type_served("trio_socketserver._cli:EchoStream"), "asynchronous"),
+            (type_served("trio_socketserver._cli_server:EchoStream"), "asynchronous"),
             (type_served("http.server:SimpleHTTPRequestHandler"), "blocking"),
         )
     }

@@ -44,7 +44,7 @@ from helpers import (
     running,
 )
 
-from trio_socketserver._cli import make_parser, parse_address
+from trio_socketserver._cli_arguments import make_parser, parse_address
 from trio_socketserver.testing import check_cancellation, memory_connection
 
 FOLDER = Path(__file__).parents[1] / "examples"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import runpy
+import signal
 import subprocess
 import sys
 import types
@@ -75,7 +76,8 @@ def test_it_is_like_this_one(options: list[str], tmp_path: Path) -> None:
 def test_the_command_is_this_python() -> None:
     made = command("some.module", "1")
     assert made[0] == sys.executable
-    rest = made[made.index("-c") + 2 :]
+    ignored, *rest = made[made.index("-c") + 2 :]
+    assert ignored == str(int(signal.SIGINT))
     assert rest == ["some.module", "1", "--", *sys.path]
 
 
@@ -84,6 +86,31 @@ def test_options_are_given_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made = command("some.module")
     assert "-Xdev" in made
     assert "-Xint_max_str_digits=5000" in made
+
+
+TELLS_SIGNALS = """
+import signal
+
+def main():
+    handlers = map(signal.getsignal, (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
+    print(*map(int, handlers))
+"""
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_signals_that_are_for_the_program(
+    heard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tells_signals.py").write_text(TELLS_SIGNALS)
+    monkeypatch.syspath_prepend(tmp_path)
+    handler: Any = (lambda number, frame: None) if heard else signal.SIG_DFL
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        told = subprocess.check_output(command("tells_signals"), text=True)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    default, ignored = int(signal.SIG_DFL), int(signal.SIG_IGN)
+    assert told == f"{ignored} {ignored if heard else default} {default}\n"
 
 
 # -- the main module -----------------------------------------------------------------------

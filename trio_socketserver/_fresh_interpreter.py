@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import types
@@ -26,9 +27,9 @@ from typing import Any, Final
 MAIN_AGAIN: Final = "__mp_main__"
 
 _START: Final = (
-    # Ctrl-C goes to the whole foreground, and is for the program to hear.
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "import sys; from importlib import import_module; "
+    "import signal, sys; "
+    "[signal.signal(int(n), signal.SIG_IGN) for n in sys.argv.pop(1).split(',')]; "
+    "from importlib import import_module; "
     "cut = sys.argv.index('--'); sys.path[:] = sys.argv[cut + 1 :]; del sys.argv[cut:]; "
     "import_module(sys.argv.pop(1)).main()"
 )
@@ -46,7 +47,16 @@ def command(module: str, *arguments: str) -> list[str]:
     # Of these it knows only some; those it gives twice do no harm.
     for name, value in sys._xoptions.items():
         options.append(f"-X{name}" if value is True else f"-X{name}={value}")
-    return [sys.executable, *options, "-c", _START, module, *arguments, "--", *sys.path]
+    ignored = ",".join(str(int(number)) for number in _ignored_signals())
+    call = [ignored, module, *arguments]
+    return [sys.executable, *options, "-c", _START, *call, "--", *sys.path]
+
+
+def _ignored_signals() -> Iterator[signal.Signals]:
+    """Yield the signals that are for the program to hear, but are sent to its group."""
+    yield signal.SIGINT  # Ctrl-C goes to the whole foreground.
+    if callable(signal.getsignal(signal.SIGUSR1)):
+        yield signal.SIGUSR1  # The command's, for statistics.
 
 
 def is_of_main(pickled: bytes) -> bool:
