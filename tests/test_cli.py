@@ -585,18 +585,22 @@ def test_the_examples_of_the_help_are_taken():
 
 
 def test_the_version(capsys, monkeypatch):
+    versions = {"trio-socketserver": "1.2.3"}
+
+    def version_of(name):
+        try:
+            return versions.pop(name)
+        except KeyError:
+            raise metadata.PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(metadata, "version", version_of)
     assert _cli.main(["--version"]) == 0
-    name = "trio-socketserver"
-    found = [metadata.version(name), trio.__version__, platform.python_version()]
-    shown = "{} {}, trio {}, Python {}\n"
-    assert capsys.readouterr() == (shown.format(name, *found), "")
-
-    def not_found(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", not_found)
     assert _cli.main(["--version", "--bind=[::1]:1"]) == 0
-    assert capsys.readouterr().out == shown.format(name, "(not installed)", *found[1:])
+    rest = f", trio {trio.__version__}, Python {platform.python_version()}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"trio-socketserver 1.2.3{rest}",
+        f"trio-socketserver (not installed){rest}",
+    ]
 
 
 # -- bad arguments -------------------------------------------------------------------------
