@@ -367,7 +367,7 @@ def client_command(block: Block, folder: Path) -> None:
 @scenario("README.md: Start a server 4")
 def share_a_folder(block: Block, folder: Path) -> None:
     ((python, *arguments),) = commands(block)
-    assert python == "python"
+    assert python == ".venv/bin/python"
     (folder / "file").write_bytes(b"hello\n")
     with Program(folder, *arguments, "--bind", "127.0.0.1:0") as server:
         port = int(server.line().rpartition(":")[2])
