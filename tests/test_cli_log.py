@@ -16,7 +16,7 @@ import pytest
 from helpers import REAL_LIMIT
 
 import trio_socketserver
-from trio_socketserver._cli_log import ColourFormatter, wants_colour
+from trio_socketserver._cli_log import ColourFormatter, configure_logging, wants_colour
 
 HANDLER = """
 import logging
@@ -113,6 +113,26 @@ def test_the_command_at_a_terminal(terminal, tmp_path, environ, expected):
     # What it prints is for programs, too.
     assert b"\x1b" not in done.stdout
     assert done.stdout.endswith(b"\naccepted 1, completed 1\n")
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_how_logging_is_configured(terminal, monkeypatch, colour):
+    shows, written = terminal
+    monkeypatch.setenv("NO_COLOR", "" if colour else "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", written)
+    root = logging.RootLogger(logging.NOTSET)
+    monkeypatch.setattr(logging, "root", root)
+    configure_logging(logging.ERROR)
+    root.warning("careful")
+    root.error("too late")
+    configure_logging(logging.INFO)  # As where the user's module has done it.
+    root.warning("careful")
+    monkeypatch.undo()
+    written.close()
+    level = r"\x1b\[1;31mERROR\x1b\[0m" if colour else "ERROR"
+    time = rf"\x1b\[2m{TIME}\x1b\[0m" if colour else TIME
+    assert re.fullmatch(f"{time} {level} too late\n", shown_on(shows))
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,18 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from helpers import connect, line_of, printed_address, receive_until_closed, running
 
-from trio_socketserver import _cli, _cli_statistics
+from trio_socketserver import BaseServer, _cli, _cli_statistics
+from trio_socketserver._cli_output import say
 from trio_socketserver._cli_statistics import StatisticsOnSignal
 
 LOCAL = "--bind=127.0.0.1:0"
@@ -198,6 +201,29 @@ def test_the_signal_of_somebody_else_is_left_alone(theirs):
         assert signal.getsignal(signal.SIGUSR1) is theirs
     finally:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_a_signal_in_the_loop(capsys):
+    async def signalled() -> None:
+        server = BaseServer(("", 0), print)
+        server._counters.accepted, server._counters.completed = 3, 2
+        statistics.show_those_of(server)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGUSR1)
+        await trio.testing.wait_all_tasks_blocked()
+
+    with StatisticsOnSignal() as statistics:
+        trio.run(signalled)
+    # Of several that have come together, one is answered.
+    assert capsys.readouterr() == ("accepted 3, active 1, completed 2\n", "")
+
+
+@pytest.mark.parametrize("where", ["/dev/full", None])
+def test_what_cannot_be_said(monkeypatch, where):
+    with open(where or os.devnull, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout if where else None)
+        say("this")
+        say("and that")
 
 
 def test_a_signal_when_the_loop_has_ended(capsys):
