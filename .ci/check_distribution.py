@@ -108,9 +108,8 @@ def check_sdist(tree: Path, sdist: Path) -> None:
 
 def check_wheel(tree: Path, wheel: Path) -> None:
     info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
-    package = {
-        f"trio_socketserver/{path.name}" for path in tree.glob("trio_socketserver/*")
-    }
+    files = filter(Path.is_file, (tree / "trio_socketserver").rglob("*"))
+    package = {str(path.relative_to(tree)) for path in files}
     with zipfile.ZipFile(wheel) as archive:
         check_names(archive.namelist(), package | {f"{info}/{name}" for name in WHEEL})
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
