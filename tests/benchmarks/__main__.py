@@ -9,10 +9,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.benchmarks.calibrate import calibrate
 from tests.benchmarks.check import check
 from tests.benchmarks.comparison import compare
 from tests.benchmarks.load import LoadFailed, compile_load
-from tests.benchmarks.report import as_json, markdown
+from tests.benchmarks.memory import COMPARED as COMPARED_IN_MEMORY
+from tests.benchmarks.memory import footprints
+from tests.benchmarks.page import write_page
+from tests.benchmarks.report import markdown
+from tests.benchmarks.results import Results
+from tests.benchmarks.scaling import COMPARED as COMPARED_IN_SCALING
+from tests.benchmarks.scaling import growths
 from tests.benchmarks.servers import OURS, PEERS, Peer
 from tests.benchmarks.workloads import WORKLOADS, Workload
 
@@ -29,7 +36,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workload",
         action="append",
-        choices=WORKLOADS,
+        choices=[*WORKLOADS, "idle", "scaling"],
         help="only this one; may be repeated",
     )
     parser.add_argument(
@@ -54,15 +61,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--json", type=Path, metavar="FILE", help="write every sample there"
     )
     parser.add_argument(
+        "--from",
+        type=Path,
+        metavar="FILE",
+        dest="kept",
+        help="measure nothing: read what --json wrote",
+    )
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="DOCS",
+        help="write the documentation's tables and picture there",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="the regression check instead: exit with 1 if a ratio is missed",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="instead: what the load generator can drive at most",
     )
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds must be positive")
+    if options.write and (options.workload or options.peer):
+        parser.error("--write needs a whole run: no --workload, no --peer")
     return options
 
 
@@ -72,39 +99,59 @@ def takes_part(peer: Peer, workload: Workload) -> bool:
     return entry is not None and (peer.only is None or workload.name in peer.only)
 
 
+def measure_all(program: Path, options: argparse.Namespace) -> Results:
+    """Measure what the command line asks for."""
+    names = [OURS.name, *options.peer] if options.peer else [*PEERS]
+    results = Results(options.rounds, options.seconds)
+    for chosen in options.workload or [*WORKLOADS, "idle", "scaling"]:
+        if chosen == "idle":
+            in_memory = [name for name in COMPARED_IN_MEMORY if name in names]
+            results.footprints = footprints(program, in_memory)
+        elif chosen == "scaling":
+            scaling = [name for name in COMPARED_IN_SCALING if name in names]
+            results.growths = growths(program, options.rounds, options.seconds, scaling)
+        else:
+            workload = WORKLOADS[chosen]
+            peers = [PEERS[name] for name in names if takes_part(PEERS[name], workload)]
+            results.tables.append(
+                compare(
+                    program,
+                    workload,
+                    peers,
+                    options.rounds,
+                    options.seconds,
+                    fresh=options.fresh,
+                )
+            )
+    return results
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks. Returns the exit status."""
     options = parse(arguments)
     if not sys.platform.startswith("linux"):
         print("the benchmarks need Linux: epoll, /proc, 127.0.0.0/8", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            program = compile_load(Path(directory))
-        except LoadFailed as reason:
-            print(reason, file=sys.stderr)
-            return 2
-        if options.check:
-            return 0 if check(program) else 1
-        peers = (
-            [OURS, *map(PEERS.__getitem__, options.peer)]
-            if options.peer
-            else [*PEERS.values()]
-        )
-        tables = [
-            compare(
-                program,
-                WORKLOADS[name],
-                [peer for peer in peers if takes_part(peer, WORKLOADS[name])],
-                options.rounds,
-                options.seconds,
-                fresh=options.fresh,
-            )
-            for name in options.workload or WORKLOADS
-        ]
-    print(markdown(tables))
+    if options.kept:
+        results = Results.from_json(json.loads(options.kept.read_text()))
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                program = compile_load(Path(directory))
+                if options.check:
+                    return 0 if check(program) else 1
+                if options.calibrate:
+                    calibrate(program, Path(directory), options.seconds)
+                    return 0
+            except LoadFailed as reason:
+                print(reason, file=sys.stderr)
+                return 2
+            results = measure_all(program, options)
+    print(markdown(results))
     if options.json:
-        options.json.write_text(json.dumps(as_json(tables), indent=1) + "\n")
+        options.json.write_text(json.dumps(results.as_json()) + "\n")
+    if options.write:
+        write_page(results, options.write)
     return 0
 
 

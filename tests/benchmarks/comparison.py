@@ -10,8 +10,8 @@ All servers of a workload run at once, but only one of them has anything to do. 
 warmed up first: what counts is a server that has been up for a while, and the difference
 can be large. asyncio asks for 256 KiB with every receive, and glibc maps and unmaps fresh
 memory for each, until the first connection has ended; that end teaches it to keep the
-block. Measured before that, asyncio's streams do half of what they do ever after.
-``fresh`` measures that.
+block. Measured before that, asyncio's streams do half of what they do ever after. So there
+is a row for asyncio just started too, and ``fresh`` starts every server anew each time.
 """
 
 from __future__ import annotations
@@ -63,13 +63,22 @@ class Row:
         return median(sample.load.rate for sample in self.samples)
 
     @property
-    def cpu_per_1000(self) -> float:
-        """CPU seconds of the server per 1000 requests, the median."""
-        return median(sample.cpu_per_request * 1000 for sample in self.samples)
+    def cpu_us(self) -> float:
+        """CPU time of the server per request in microseconds, the median."""
+        return median(sample.cpu_per_request * 1e6 for sample in self.samples)
+
+    @property
+    def server_share(self) -> float:
+        """How much of one core the server used, the median."""
+        return median(
+            sample.server_cpu_seconds / sample.load.seconds for sample in self.samples
+        )
 
     @property
     def load_share(self) -> float:
-        """How much of its core the load used, the median. Near 1, the load is the limit."""
+        """How much of its core the load used, the median. The load is the limit where this
+        is near 1 and the server's share is not.
+        """
         return median(
             sample.load.cpu_seconds / sample.load.seconds for sample in self.samples
         )
@@ -83,7 +92,7 @@ class Row:
         )
 
     def latency_us(self, name: str) -> float:
-        """The median over the rounds of ``p50_us``, ``p90_us`` or ``p99_us``."""
+        """The median over the rounds of a percentile: ``p50_us`` to ``p999_us``."""
         return float(median(getattr(sample.load, name) for sample in self.samples))
 
 
@@ -166,7 +175,7 @@ def compare(
         for row in rows:
             if absent := row.peer.absent():
                 row.failure = f"absent: {', '.join(absent)} is not installed"
-            elif not fresh:
+            elif not fresh and not row.peer.just_started:
                 with failures_noted(row):
                     server = stack.enter_context(start(row))
                     run_load(program, workload, server.port, WARM_UP, load_core)
@@ -177,7 +186,7 @@ def compare(
                 if row.failure is not None:
                     continue
                 with failures_noted(row):
-                    if fresh:
+                    if fresh or row.peer.just_started:
                         with start(row) as server:
                             measure(row, program, workload, server, seconds)
                     else:

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -75,6 +75,14 @@ class ServerProcess:
                 return int(line.split()[1]) * 1024
         raise ServerFailed("has no memory: it is a zombie")
 
+    def memory(self) -> int:
+        """Its proportional set size now, in bytes: its own memory, and its share of the
+        rest. The kernel's memory, for sockets and for threads' stacks, is not in it.
+        """
+        rollup = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text()
+        (line,) = (line for line in rollup.splitlines() if line.startswith("Pss:"))
+        return int(line.split()[1]) * 1024
+
     def _announced_port(self) -> int:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], START_TIMEOUT)[0]:
@@ -109,13 +117,12 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def serving(peer: Peer, server: Server, core: int | None) -> Iterator[ServerProcess]:
-    """Start a peer's server on ``core``, or on all; kill it on leaving.
+def running(command: Sequence[str], core: int | None) -> Iterator[ServerProcess]:
+    """Run a program that prints its port, on ``core`` or on all; kill it on leaving.
 
     Raises:
         ServerFailed: It did not start.
     """
-    command = [sys.executable, "-m", "tests.benchmarks.servers", peer.name, server]
     with tempfile.TemporaryFile() as stderr:
         with pinned(core):
             process = subprocess.Popen(
@@ -134,3 +141,11 @@ def serving(peer: Peer, server: Server, core: int | None) -> Iterator[ServerProc
                     process.wait(KILL_TIMEOUT)
                 except subprocess.TimeoutExpired:
                     process.kill()
+
+
+def serving(
+    peer: Peer, server: Server, core: int | None
+) -> AbstractContextManager[ServerProcess]:
+    """Start a peer's server, as `running` does."""
+    command = [sys.executable, "-m", "tests.benchmarks.servers", peer.name, server]
+    return running(command, core)

@@ -16,7 +16,8 @@ class Workload:
 
     Attributes:
         name: What the command line calls it.
-        title: What the report calls it.
+        brief: What a list of all of them calls it.
+        title: What its own table is called.
         mode: The load generator's mode.
         clients: How many there are, and so how many requests are in flight.
         size: Bytes of one message.
@@ -25,6 +26,7 @@ class Workload:
     """
 
     name: str
+    brief: str
     title: str
     mode: Literal["short", "pingpong", "udp"]
     clients: int
@@ -38,6 +40,7 @@ WORKLOADS = {
     for workload in [
         Workload(
             "short",
+            "short connections",
             "Short connections: connect, one line, one reply, close (50 clients, 64 bytes)",
             mode="short",
             clients=50,
@@ -45,6 +48,7 @@ WORKLOADS = {
         ),
         Workload(
             "pingpong",
+            "line ping-pong",
             "Line ping-pong on open connections (50 clients, 64 bytes)",
             mode="pingpong",
             clients=50,
@@ -52,6 +56,7 @@ WORKLOADS = {
         ),
         Workload(
             "bulk",
+            "64 KiB echoes",
             "64 KiB echoes on open connections (8 clients)",
             mode="pingpong",
             clients=8,
@@ -59,6 +64,7 @@ WORKLOADS = {
         ),
         Workload(
             "udp",
+            "UDP ping-pong",
             "UDP ping-pong (50 clients, 64 bytes)",
             mode="udp",
             clients=50,
@@ -67,6 +73,7 @@ WORKLOADS = {
         ),
         Workload(
             "blocking",
+            "short connections, blocking handler",
             "Short connections with one blocking handler for all (20 clients, 64 bytes)",
             mode="short",
             clients=20,
@@ -75,6 +82,7 @@ WORKLOADS = {
         ),
         Workload(
             "forking",
+            "short connections, process for each",
             "Short connections with a process each (8 clients, 64 bytes)",
             mode="short",
             clients=8,
@@ -83,6 +91,7 @@ WORKLOADS = {
         ),
         Workload(
             "computing",
+            "2 ms of computing, two workers",
             "Short connections, 2 ms of computing for each (8 clients, 64 bytes)",
             mode="short",
             clients=8,

@@ -3,7 +3,11 @@
 All of them echo. ``trio_socketserver`` is used as its README shows it: a handler that
 iterates over the lines of ``rfile`` and writes each to ``wfile``. The others do the least
 their library allows: send back what arrived, without looking for line ends. That favours
-them, and spares us the question whose line reader is the right one.
+them.
+
+Where a library has a line reader of its own, there is a second row, "by lines", that does
+the same work as ours. trio has none. A library read by chunks is no server of lines: a line
+that arrives in two pieces would be two.
 
 This module imports none of the libraries, so that a process loads only what it serves with.
 """
@@ -39,11 +43,12 @@ class Peer:
         name: What the command line and the tables call it.
         tcp: The function that serves TCP, as ``module:function`` of this package.
         udp: The function that serves UDP.
-        blocking: The function that serves TCP with `with_socketserver.Echo`.
+        blocking: The function that serves TCP with `with_socketserver.EchoLines`.
         forking: The same, with a process per connection, in a process of our size.
         computing: The function that serves TCP, and computes for each connection.
         requires: The packages to be installed for it.
         only: The workloads it takes part in, if not all that its servers could.
+        just_started: Whether each measurement gets a new process, not warmed up.
     """
 
     name: str
@@ -54,11 +59,15 @@ class Peer:
     blocking: str | None = None
     forking: str | None = None
     computing: str | None = None
+    just_started: bool = False
 
     def absent(self) -> list[str]:
         """The required packages that are not installed."""
         return [package for package in self.requires if find_spec(package) is None]
 
+
+LINES = frozenset({"short", "pingpong"})
+"""The workloads in which it matters whether a server looks for line ends."""
 
 OURS = Peer(
     "trio_socketserver",
@@ -81,14 +90,44 @@ PEERS = {
         ),
         Peer("trio", "with_trio:tcp", "with_trio:udp", ("trio",)),
         Peer("anyio on trio", "with_anyio:tcp", None, ("anyio", "trio")),
+        Peer(
+            "anyio on trio, by lines",
+            "with_anyio:tcp_by_lines",
+            requires=("anyio", "trio"),
+            only=LINES,
+        ),
         Peer("asyncio", "with_asyncio:tcp", "with_asyncio:udp"),
+        Peer(
+            "asyncio, just started",
+            "with_asyncio:tcp",
+            only=frozenset({"pingpong", "bulk"}),
+            just_started=True,
+        ),
+        Peer("asyncio, by lines", "with_asyncio:tcp_by_lines", only=LINES),
         Peer("uvloop", "with_asyncio:tcp_uvloop", "with_asyncio:udp_uvloop", ("uvloop",)),
+        Peer(
+            "uvloop, by lines",
+            "with_asyncio:tcp_uvloop_by_lines",
+            requires=("uvloop",),
+            only=LINES,
+        ),
         Peer("gevent", "with_gevent:tcp", "with_gevent:udp", ("gevent",)),
+        Peer(
+            "gevent, by lines",
+            "with_gevent:tcp_by_lines",
+            requires=("gevent",),
+            only=LINES,
+        ),
         Peer(
             "socketserver threading",
             "with_socketserver:tcp_threading",
             "with_socketserver:udp_threading",
-            blocking="with_socketserver:tcp_threading",
+            blocking="with_socketserver:tcp_threading_by_lines",
+        ),
+        Peer(
+            "socketserver threading, by lines",
+            "with_socketserver:tcp_threading_by_lines",
+            only=LINES,
         ),
         Peer(
             "socketserver forking",

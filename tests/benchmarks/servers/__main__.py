@@ -7,6 +7,7 @@ is killed.
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 from importlib import import_module
 from typing import cast, get_args
@@ -18,6 +19,12 @@ from tests.benchmarks.workloads import Server
 def announce(port: int) -> None:
     """Tell whoever started this process where to connect."""
     print(port, flush=True)
+
+
+def allow_descriptors() -> None:
+    """Raise the limit as far as it may be: the usual 1,024 are too few connections."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main() -> None:
@@ -32,6 +39,7 @@ def main() -> None:
         sys.exit(f"{peer.name} has no {options.server} server")
     if absent := peer.absent():
         sys.exit(f"{peer.name} needs {', '.join(absent)}, which is not installed")
+    allow_descriptors()
     module, function = entry.split(":")
     serve = cast(Serve, getattr(import_module(f"{__package__}.{module}"), function))
     serve(announce)

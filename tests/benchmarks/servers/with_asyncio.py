@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tests.benchmarks.servers import BACKLOG, CHUNK, HOST, Announce
 
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 LoopFactory = Callable[[], asyncio.AbstractEventLoop] | None
 
 
@@ -17,6 +18,14 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     """The echo handler of asyncio's documentation, for more than one message."""
     while chunk := await reader.read(CHUNK):
         writer.write(chunk)
+        await writer.drain()
+    writer.close()
+
+
+async def echo_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Send back each line."""
+    while line := await reader.readline():
+        writer.write(line)
         await writer.drain()
     writer.close()
 
@@ -31,11 +40,11 @@ class EchoDatagrams(asyncio.DatagramProtocol):
         self.transport.sendto(data, addr)
 
 
-def serve_tcp(announce: Announce, loop_factory: LoopFactory) -> None:
+def serve_tcp(announce: Announce, handler: Handler, loop_factory: LoopFactory) -> None:
     """Serve with ``asyncio.start_server``."""
 
     async def main() -> None:
-        server = await asyncio.start_server(echo, HOST, 0, backlog=BACKLOG)
+        server = await asyncio.start_server(handler, HOST, 0, backlog=BACKLOG)
         announce(server.sockets[0].getsockname()[1])
         await server.serve_forever()
 
@@ -60,7 +69,12 @@ def serve_udp(announce: Announce, loop_factory: LoopFactory) -> None:
 
 def tcp(announce: Announce) -> None:
     """Streams on asyncio's own event loop."""
-    serve_tcp(announce, None)
+    serve_tcp(announce, echo, None)
+
+
+def tcp_by_lines(announce: Announce) -> None:
+    """Streams on asyncio's own event loop, read by lines."""
+    serve_tcp(announce, echo_lines, None)
 
 
 def udp(announce: Announce) -> None:
@@ -72,7 +86,14 @@ def tcp_uvloop(announce: Announce) -> None:
     """Streams on uvloop."""
     import uvloop
 
-    serve_tcp(announce, uvloop.new_event_loop)
+    serve_tcp(announce, echo, uvloop.new_event_loop)
+
+
+def tcp_uvloop_by_lines(announce: Announce) -> None:
+    """Streams on uvloop, read by lines."""
+    import uvloop
+
+    serve_tcp(announce, echo_lines, uvloop.new_event_loop)
 
 
 def udp_uvloop(announce: Announce) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gevent.server import DatagramServer, StreamServer
@@ -17,12 +18,29 @@ def echo(connection: Any, address: Any) -> None:
         connection.sendall(chunk)
 
 
-def tcp(announce: Announce) -> None:
+def echo_lines(connection: Any, address: Any) -> None:
+    """Send back each line, as in the examples of gevent: lines of a file, ``sendall()``."""
+    with connection.makefile("rb") as lines:
+        for line in lines:
+            connection.sendall(line)
+
+
+def serve(announce: Announce, handler: Callable[[Any, Any], None]) -> None:
     """Serve with ``StreamServer``."""
-    server: Any = StreamServer((HOST, 0), echo, backlog=BACKLOG)
+    server: Any = StreamServer((HOST, 0), handler, backlog=BACKLOG)
     server.start()
     announce(server.server_port)
     server.serve_forever()
+
+
+def tcp(announce: Announce) -> None:
+    """Send back what arrives."""
+    serve(announce, echo)
+
+
+def tcp_by_lines(announce: Announce) -> None:
+    """Send back lines."""
+    serve(announce, echo_lines)
 
 
 def udp(announce: Announce) -> None:

@@ -16,6 +16,14 @@ class Echo(socketserver.StreamRequestHandler):
             self.request.sendall(chunk)
 
 
+class EchoLines(socketserver.StreamRequestHandler):
+    """Sends every line back."""
+
+    def handle(self) -> None:
+        for line in self.rfile:
+            self.wfile.write(line)
+
+
 class EchoDatagram(socketserver.DatagramRequestHandler):
     """Sends the datagram back."""
 
@@ -53,6 +61,11 @@ def tcp_threading(announce: Announce) -> None:
     serve(ThreadingServer((HOST, 0), Echo), announce)
 
 
+def tcp_threading_by_lines(announce: Announce) -> None:
+    """Serve lines with ``ThreadingTCPServer``."""
+    serve(ThreadingServer((HOST, 0), EchoLines), announce)
+
+
 def tcp_forking(announce: Announce) -> None:
     """Serve with ``ForkingTCPServer``."""
     serve(ForkingServer((HOST, 0), Echo), announce)
@@ -61,7 +74,7 @@ def tcp_forking(announce: Announce) -> None:
 def tcp_forking_of_our_size(announce: Announce) -> None:
     """The same in a process that has imported as much as ours: forking copies it."""
     import_module("trio_socketserver")
-    tcp_forking(announce)
+    serve(ForkingServer((HOST, 0), EchoLines), announce)
 
 
 def udp_threading(announce: Announce) -> None:

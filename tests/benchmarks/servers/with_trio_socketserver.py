@@ -7,7 +7,7 @@ import time
 import trio
 
 from tests.benchmarks.servers import HOST, Announce
-from tests.benchmarks.servers.with_socketserver import Echo
+from tests.benchmarks.servers.with_socketserver import EchoLines as BlockingEchoLines
 from trio_socketserver import (
     DatagramRequestHandler,
     ForkingTCPServer,
@@ -48,10 +48,10 @@ def tcp(announce: Announce) -> None:
 
 
 def tcp_threading(announce: Announce) -> None:
-    """Serve with ``ThreadingTCPServer``, and socketserver's own handler."""
+    """Serve with ``ThreadingTCPServer``, and a handler of ``socketserver``'s."""
 
     async def main() -> None:
-        async with ThreadingTCPServer((HOST, 0), Echo) as server:
+        async with ThreadingTCPServer((HOST, 0), BlockingEchoLines) as server:
             announce(server.server_address[1])
             await server.serve_forever()
 
@@ -59,10 +59,10 @@ def tcp_threading(announce: Announce) -> None:
 
 
 def tcp_forking(announce: Announce) -> None:
-    """Serve with ``ForkingTCPServer``, and socketserver's own handler."""
+    """Serve with ``ForkingTCPServer``, and a handler of ``socketserver``'s."""
 
     async def main() -> None:
-        async with ForkingTCPServer((HOST, 0), Echo) as server:
+        async with ForkingTCPServer((HOST, 0), BlockingEchoLines) as server:
             announce(server.server_address[1])
             await server.serve_forever()
 
