@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.benchmarks.cores import server_and_load
-from tests.benchmarks.load import LoadFailed, LoadResult, run_load
+from tests.benchmarks.load import LoadFailed, LoadResult, opened_load, run_load
 from tests.benchmarks.server_process import ServerFailed, ServerProcess, serving
 from tests.benchmarks.servers import Peer
 from tests.benchmarks.workloads import Workload
@@ -40,7 +40,8 @@ class Sample:
 
     load: LoadResult
     server_cpu_seconds: float
-    """While the load ran, opening of connections and last replies included."""
+    """While the load ran, last replies included. Connections that stay open were opened
+    before that, and are closed after."""
 
     @property
     def cpu_per_request(self) -> float:
@@ -136,12 +137,15 @@ def measure(
     row: Row, program: Path, workload: Workload, server: ServerProcess, seconds: float
 ) -> None:
     """Add one sample to a row."""
-    cpu_before = server.cpu_seconds()
-    load = run_load(program, workload, server.port, seconds, cores_of(workload)[1])
+    load_core = cores_of(workload)[1]
+    with opened_load(program, workload, server.port, seconds, load_core) as load:
+        cpu_before = server.cpu_seconds()
+        result = load.run(seconds)
+        cpu_after = server.cpu_seconds()
     server.check()
-    if load.operations == 0:
+    if result.operations == 0:
         raise LoadFailed(f"not one request was answered: {server.last_words()}")
-    row.samples.append(Sample(load, server.cpu_seconds() - cpu_before))
+    row.samples.append(Sample(result, cpu_after - cpu_before))
     row.peak_memory = max(row.peak_memory, server.peak_memory())
 
 

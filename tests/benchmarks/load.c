@@ -23,7 +23,11 @@
  *
  * usage: load short|pingpong|udp PORT CLIENTS SIZE SECONDS
  *        load idle PORT CLIENTS
- * Prints one line: of JSON, or, when all idle connections are open, "open".
+ *
+ * When all connections are open it prints "open", and waits for a line. After the run it
+ * prints one line of JSON, and waits for the end of stdin before it closes them. So whoever
+ * started it can look at the server in between, and opening and closing are not in what he
+ * sees. A load of idle connections has no run: it only waits for the end.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -382,13 +386,12 @@ static void make_clients(void)
     }
 }
 
-static void stay_idle(void)
+/* Returns false at the end of stdin. */
+static bool wait_for_line(void)
 {
     char byte;
-    puts("open");
     fflush(stdout);
-    while (read(STDIN_FILENO, &byte, 1) > 0)
-        continue;
+    return read(STDIN_FILENO, &byte, 1) > 0;
 }
 
 static void allow_descriptors(void)
@@ -440,12 +443,16 @@ static void run(uint64_t duration)
     unanswered = in_flight;
 }
 
-static void report(void)
+static double cpu_seconds(void)
 {
     struct rusage used;
     getrusage(RUSAGE_SELF, &used);
-    double cpu = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec)
-               + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+    return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec)
+         + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+}
+
+static void report(double cpu)
+{
     printf("{\"operations\": %llu, \"seconds\": %.6f, \"errors\": %llu, \"lost\": %llu, "
            "\"unanswered\": %llu, \"cpu_seconds\": %.6f, "
            "\"p50_us\": %.1f, \"p90_us\": %.1f, \"p99_us\": %.1f, \"p999_us\": %.1f}\n",
@@ -487,11 +494,12 @@ int main(int argc, char **argv)
     if ((poller = epoll_create1(EPOLL_CLOEXEC)) < 0)
         die("epoll_create1");
     make_clients();
-    if (mode == IDLE) {
-        stay_idle();
-        return 0;
+    puts("open");
+    if (wait_for_line() && mode != IDLE) {
+        double cpu_before = cpu_seconds();
+        run((uint64_t)(seconds * 1e9));
+        report(cpu_seconds() - cpu_before);
+        wait_for_line();
     }
-    run((uint64_t)(seconds * 1e9));
-    report();
     return 0;
 }

@@ -13,10 +13,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tests.benchmarks.cores import pinned
 from tests.benchmarks.workloads import Workload
@@ -24,8 +25,8 @@ from tests.benchmarks.workloads import Workload
 SOURCE = Path(__file__).with_name("load.c")
 
 GRACE = 30.0
-"""Seconds beyond its own time after which the load counts as hung: it allows 10 for a
-connection to be answered, and 3 for the last replies."""
+"""Seconds beyond its own time after which the load counts as hung: it allows 3 for the last
+replies."""
 
 
 OPENING_TIMEOUT = 60.0
@@ -91,52 +92,77 @@ def compile_load(directory: Path) -> Path:
     return compile_c(SOURCE, directory)
 
 
-@contextmanager
-def idle_connections(program: Path, port: int, count: int) -> Iterator[None]:
-    """Hold connections that have echoed one line, and say nothing more.
+class Load:
+    """A running load generator: its connections are open, and no request is sent yet."""
 
-    Raises:
-        LoadFailed: Not all of them could be opened.
-    """
-    command = [str(argument) for argument in (program, "idle", port, count)]
-    with (
-        tempfile.TemporaryFile("w+") as stderr,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr
-        ) as holder,
-    ):
-        assert holder.stdout is not None
-        try:
-            ready, _, _ = select.select([holder.stdout], [], [], OPENING_TIMEOUT)
-            if not ready or holder.stdout.read(5) != b"open\n":
-                stderr.seek(0)
-                said = stderr.read().strip() or f"not within {OPENING_TIMEOUT:.0f} s"
-                raise LoadFailed(f"could not open {count} connections: {said}")
-            yield
-        finally:
-            holder.kill()
+    def __init__(self, process: subprocess.Popen[str], stderr: IO[str]) -> None:
+        self._process = process
+        self._stderr = stderr
+        self._line(OPENING_TIMEOUT)
+
+    def run(self, seconds: float) -> LoadResult:
+        """Run it. The connections stay open.
+
+        Raises:
+            LoadFailed: The load gave up, or did not end.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return LoadResult(**json.loads(self._line(seconds + GRACE)))
+
+    def _line(self, timeout: float) -> str:
+        """The next line it says; one that says nothing has failed."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            raise LoadFailed(f"the load said nothing for {timeout:.0f} s")
+        if not (line := self._process.stdout.readline()):
+            self._stderr.seek(0)
+            raise LoadFailed(self._stderr.read().strip().replace("\n", "; "))
+        return line
+
+
+@contextmanager
+def opened(command: Sequence[object], core: int | None) -> Iterator[Load]:
+    """Start a load; close its connections on leaving."""
+    with tempfile.TemporaryFile("w+") as stderr:
+        with pinned(core):
+            process = subprocess.Popen(
+                [str(argument) for argument in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        with process:
+            try:
+                yield Load(process, stderr)
+            finally:
+                process.kill()
+
+
+def opened_load(
+    program: Path, workload: Workload, port: int, seconds: float, core: int | None
+) -> AbstractContextManager[Load]:
+    """Open what a workload needs: to be run once, for ``seconds``."""
+    command = [program, workload.mode, port, workload.clients, workload.size, seconds]
+    return opened(command, core)
+
+
+def idle_connections(
+    program: Path, port: int, count: int, core: int | None
+) -> AbstractContextManager[Load]:
+    """Hold connections that have echoed one line, and say nothing more."""
+    return opened([program, "idle", port, count], core)
 
 
 def run_load(
     program: Path, workload: Workload, port: int, seconds: float, core: int | None
 ) -> LoadResult:
-    """Drive the server on ``port`` for ``seconds``.
+    """Open, run and close.
 
     Raises:
         LoadFailed: The load gave up, or did not end.
     """
-    command = [program, workload.mode, port, workload.clients, workload.size, seconds]
-    try:
-        with pinned(core):
-            done = subprocess.run(
-                [str(argument) for argument in command],
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=seconds + GRACE,
-            )
-    except subprocess.TimeoutExpired as reason:
-        raise LoadFailed("the load did not end") from reason
-    if done.returncode != 0:
-        raise LoadFailed(done.stderr.strip().replace("\n", "; "))
-    return LoadResult(**json.loads(done.stdout))
+    with opened_load(program, workload, port, seconds, core) as load:
+        return load.run(seconds)

@@ -75,7 +75,7 @@ def footprint(program: Path, peer: Peer, rounds: int = ROUNDS) -> Footprint:
             with serving(peer, "tcp", server_core) as server:
                 run_load(program, WORKLOADS["short"], server.port, WARM_UP, load_core)
                 before = server.memory()
-                with idle_connections(program, server.port, CONNECTIONS):
+                with idle_connections(program, server.port, CONNECTIONS, load_core):
                     grown = server.memory() - before
                 taken.before.append(before)
                 taken.per_connection.append(grown / CONNECTIONS)

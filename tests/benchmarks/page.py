@@ -104,7 +104,8 @@ def draw(tables: Sequence[Table]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="performance" role="img" '
         f'viewBox="0 0 {WIDTH} {bottom:.0f}" aria-label="Requests per second of each '
-        f'server; the tables below say the same"><style>{STYLE}</style>{"".join(panels)}</svg>\n'
+        f'server; the tables below say the same"><style>{STYLE}</style>'
+        f"{''.join(panels)}</svg>\n"
     )
 
 

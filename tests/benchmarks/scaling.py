@@ -94,7 +94,9 @@ def grow(
                 server = stack.enter_context(serving(peer, "tcp", server_core))
                 run_load(program, WORKLOADS["short"], server.port, WARM_UP, load_core)
                 if idle:
-                    stack.enter_context(idle_connections(program, server.port, idle))
+                    stack.enter_context(
+                        idle_connections(program, server.port, idle, load_core)
+                    )
                 run_load(program, workload, server.port, WARM_UP, load_core)
                 running[count] = server
         if growth.failure is None:
