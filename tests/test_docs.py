@@ -1868,3 +1868,24 @@ def test_every_testing_helper_is_described() -> None:
 )
 def test_numbers_of_testing(phrase: str) -> None:
     assert phrase in (ROOT / "docs" / "testing.rst").read_text()
+
+
+# -- performance ---------------------------------------------------------------------------
+
+
+@scenario("performance.rst: the benchmark", "performance.rst: the regression check")
+def benchmark_command(block: Block, folder: Path) -> None:
+    """A test cannot run it all: every option of the page must exist."""
+    *install, (_, dash_m, module, *options) = commands(block)
+    assert [words[:4] for words in install] in ([], [["python", "-m", "pip", "install"]])
+    page = (ROOT / "docs" / "performance.rst").read_text()
+    described = subprocess.run(
+        [sys.executable, dash_m, module, "--help"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    ).stdout
+    for option in [*options, *re.findall(r"``(--[a-z]+)", page)]:
+        assert option in described.split("options:")[1].split()
