@@ -30,7 +30,7 @@ from tests.benchmarks.report import our_row
 from tests.benchmarks.servers import OURS, PEERS
 from tests.benchmarks.workloads import WORKLOADS, Workload
 
-ROUNDS, SECONDS = 3, 1.0
+ROUNDS, SECONDS = 3, 0.7
 AGAIN_ROUNDS = 5
 
 RATE_SHARE = 0.5
@@ -51,20 +51,22 @@ class Ratios:
 
 
 LIMITS = (
-    Goal("short", "trio", 2.5),
-    Goal("short", "asyncio", 1),
-    Goal("short", "socketserver threading", 2.5),
-    Goal("short", "bare epoll", 0.3),
-    Goal("pingpong", "trio", 1.7),
-    Goal("pingpong", "asyncio", 1.0),
-    Goal("pingpong", "bare epoll", 0.3),
-    Goal("bulk", "trio", 1.2),
-    Goal("udp", "trio", 1.3),
-    Goal("udp", "asyncio", 1.0),
-    Goal("blocking", "socketserver threading", 1.2),
+    Goal("short", "trio", 1.5),
+    Goal("short", "asyncio", 1.0),
+    Goal("short", "socketserver threading", 1.75),
+    Goal("short", "bare epoll", 0.38),
+    Goal("pingpong", "trio", 1.1),
+    Goal("pingpong", "asyncio", 0.57),
+    Goal("pingpong", "bare epoll", 0.28),
+    Goal("bulk", "trio", 1.1),
+    Goal("udp", "trio", 1.1),
+    Goal("udp", "asyncio", 0.95),
+    Goal("blocking", "socketserver threading", 1.3),
 )
-"""Only peers that need no package beyond the test dependencies, so that all of them are
-always checked."""
+"""About 0.85 of what is usually measured, which differs by a tenth from run to run. They are
+lower than the goals: taking turns, a server always finds many requests at once, and that
+helps the others more. Only peers that need no package beyond the test dependencies, so that
+all of them are always checked."""
 
 LIMITED = tuple(dict.fromkeys(limit.workload for limit in LIMITS))
 
