@@ -63,10 +63,10 @@ LIMITS = (
     Goal("udp", "asyncio", 0.95),
     Goal("blocking", "socketserver threading", 1.3),
 )
-"""About 0.85 of what is usually measured, which differs by a tenth from run to run. They are
-lower than the goals: taking turns, a server always finds many requests at once, and that
-helps the others more. Only peers that need no package beyond the test dependencies, so that
-all of them are always checked."""
+"""About 0.85 of what is usually measured, which differs by a tenth from run to run. They
+are lower than the goals: taking turns, a server always finds many requests at once, and
+that helps the others more. Only peers that need no package beyond the test dependencies, so
+that all of them are always checked."""
 
 LIMITED = tuple(dict.fromkeys(limit.workload for limit in LIMITS))
 
