@@ -40,6 +40,8 @@ pixels where the page is wide, less on a phone."""
 NAMES, NUMBERS = 168, 104
 """Of the width: what is kept for names at the left, and for numbers at the right."""
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
 STYLE = (
     ".performance { max-width: 34rem; width: 100%; height: auto; color: #1b1b1b }"
     "@media (prefers-color-scheme: dark) { .performance { color: #dddddd } }"
@@ -114,12 +116,12 @@ def list_table(grid: Grid) -> str:
     lines = [
         f".. list-table:: {grid.title}",
         "   :header-rows: 1",
-        "   :class: numbers",
         "",
     ]
     for row in [grid.columns, *grid.rows]:
         for number, cell in enumerate(row):
-            lines.append(f"   {'*' if number == 0 else ' '} - {cell}".rstrip())
+            kept_whole = cell.replace(" to ", f"{NO_BREAK}to{NO_BREAK}")
+            lines.append(f"   {'*' if number == 0 else ' '} - {kept_whole}".rstrip())
     return "\n".join([*lines, "", ""])
 
 
