@@ -59,7 +59,7 @@ LIMITS = (
     Goal("pingpong", "trio", 1.1),
     Goal("pingpong", "asyncio", 0.57),
     Goal("pingpong", "bare epoll", 0.28),
-    Goal("bulk", "trio", 1.1),
+    Goal("bulk", "trio", 1.05),
     Goal("udp", "trio", 1.1),
     Goal("udp", "asyncio", 0.95),
     Goal("blocking", "socketserver threading", 1.3),
