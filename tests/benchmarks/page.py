@@ -37,7 +37,7 @@ WIDTH, LINE, BAR, TITLE = 400, 18, 12, 34
 """The picture's width, and the heights of a line, of the bar in it, and of a title: in
 pixels where the page is wide, less on a phone."""
 
-NAMES, NUMBERS = 168, 104
+NAMES, NUMBERS = 180, 104
 """Of the width: what is kept for names at the left, and for numbers at the right."""
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
