@@ -272,6 +272,49 @@ async def test_a_crash_takes_nobody_else_s_turn(how: str) -> None:
     assert len(visitors.tasks) == 3
 
 
+class Interrupted(list[Any]):
+    """A list in which Ctrl-C comes just after something has been done."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when = when
+
+    def append(self, item: Any) -> None:
+        super().append(item)
+        if self.when == "append":
+            raise KeyboardInterrupt
+
+    def pop(self, *args: Any) -> Any:
+        item = super().pop(*args)
+        if self.when == "pop":
+            raise KeyboardInterrupt
+        return item
+
+
+@pytest.mark.parametrize("when", ["append", "pop"])
+async def test_an_interrupt_leaves_no_task_behind(when: str) -> None:
+    visitors = Visitors()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            tasks = SpareTasks(nursery, name="request")
+            tasks._spare = Interrupted(when)
+            try:
+                tasks.start(visitors.visit)
+                await trio.testing.wait_all_tasks_blocked()
+                assert when == "pop"
+                tasks.start(visitors.visit)
+            finally:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                tasks.dismiss()
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await main()
+    assert raised.group_contains(KeyboardInterrupt)
+    assert not raised.group_contains(Exception)
+    assert len(visitors.tasks) == 1
+
+
 @starters
 async def test_a_spare_task_does_not_keep_what_it_has_run(how: str) -> None:
     class Request:

@@ -81,8 +81,8 @@ class SpareTasks:
     async def _run(self, work: Work | None) -> None:
         task, context = trio.lowlevel.current_task(), copy_context()
 
-        def forget(_: Callable[[], Any]) -> trio.lowlevel.Abort:
-            self._spare.remove(task)
+        def abort(_: Callable[[], Any]) -> trio.lowlevel.Abort:
+            self._forget(task)
             return trio.lowlevel.Abort.SUCCEEDED
 
         while work is not None:
@@ -90,9 +90,17 @@ class SpareTasks:
             await function(*args)
             if len(self._spare) >= self._limit or not _same(context, copy_context()):
                 return
-            self._spare.append(task)
             del function, args, work  # The request is to live no longer than it has to.
-            work = await trio.lowlevel.wait_task_rescheduled(forget)
+            try:
+                self._spare.append(task)
+                work = await trio.lowlevel.wait_task_rescheduled(abort)
+            except BaseException:
+                self._forget(task)  # A KeyboardInterrupt comes anywhere.
+                raise
+
+    def _forget(self, task: trio.lowlevel.Task) -> None:
+        if task in self._spare:
+            self._spare.remove(task)
 
     async def _run_line(self, line: deque[Work]) -> None:
         """Run the requests of a line while that is nothing to them."""
