@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import trio_socketserver
+import trio_socketserver.testing
 from trio_socketserver._files import StreamReader, StreamWriter
 from trio_socketserver._tls import TLSSocket
 
@@ -25,6 +26,10 @@ PAGE = (Path(__file__).parent.parent / "docs" / "reference.rst").read_text()
 PUBLIC = {name: getattr(trio_socketserver, name) for name in trio_socketserver.__all__}
 DESCRIBED = {
     **PUBLIC,
+    **{
+        name: getattr(trio_socketserver.testing, name)
+        for name in trio_socketserver.testing.__all__
+    },
     "StreamReader": StreamReader,
     "StreamWriter": StreamWriter,
     "TLSSocket": TLSSocket,

@@ -92,7 +92,7 @@ async def converse(
     Args:
         handler: see `memory_connection`.
         data: what the client sends.
-        server: see `memory_connection`.
+        server: see `memory_connection`; whoever has entered it closes it.
         client_address: see `memory_connection`.
 
     Returns:
@@ -130,7 +130,7 @@ async def datagram_replies(
         handler: see `memory_connection`. Its request is the pair of *data* and a
             `DatagramSocket`.
         data: the datagram.
-        server: see `memory_connection`.
+        server: see `memory_connection`; whoever has entered it closes it.
         client_address: what the handler gets as its client's address.
 
     Returns:

@@ -65,11 +65,13 @@ class MemoryClient(trio.abc.HalfCloseableStream):
             trio.BrokenResourceError: the handler's end has been closed.
             trio.ClosedResourceError: this end has, or `send_eof` has been called.
             trio.BusyResourceError: another task is sending.
+
+        Cancellation: nothing has been sent.
         """
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Return at the next checkpoint. Raises as `send_all` does."""
+        """Return at the next checkpoint. Raises, and is cancelled, as `send_all`."""
         await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
@@ -77,6 +79,8 @@ class MemoryClient(trio.abc.HalfCloseableStream):
 
         Raises:
             trio.ClosedResourceError: this end has been closed.
+
+        Cancellation: nothing has been told.
         """
         await self._stream.send_eof()
 
@@ -89,6 +93,8 @@ class MemoryClient(trio.abc.HalfCloseableStream):
         Raises:
             trio.ClosedResourceError: this end has been closed.
             trio.BusyResourceError: another task is receiving.
+
+        Cancellation: nothing has been taken.
         """
         return bytes(await self._stream.receive_some(max_bytes))
 
@@ -98,7 +104,10 @@ class MemoryClient(trio.abc.HalfCloseableStream):
         close_now(self._stream)
 
     async def aclose(self) -> None:
-        """Close the connection, then pass a checkpoint."""
+        """Close the connection, then pass a checkpoint. Raises nothing.
+
+        Cancellation: it is closed all the same.
+        """
         self.close()
         await trio.lowlevel.checkpoint()
 

@@ -127,8 +127,8 @@ def serving_in_thread(server: BaseServer) -> Generator[Any]:
     Raises:
         BaseException: what the server raises, bare, when the block has ended; nothing can
             interrupt a block that does not await. What the block raises,
-            `KeyboardInterrupt` included, leaves it unchanged and cancels the requests. If
-            both fail, the two leave as a group.
+            `KeyboardInterrupt` included, leaves it unchanged and cancels the requests.
+        BaseExceptionGroup: both have failed.
 
     Cancellation: there is none. `KeyboardInterrupt` while the block's end waits for
     requests cancels those.
