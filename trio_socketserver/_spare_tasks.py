@@ -29,7 +29,7 @@ SPARE_TASKS: Final = 64
 
 
 def _same(one: Context, other: Context) -> bool:
-    """Tell whether a request could tell one context from another."""
+    """Tell whether a request would find the same in both."""
     try:
         return one == other
     except Exception:
