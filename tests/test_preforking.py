@@ -180,9 +180,9 @@ async def test_a_worker_is_a_fresh_interpreter_like_this_one(
         os.set_inheritable(kept_from_workers.fileno(), True)
         server = Initialized(LOCAL, evaluate)
         async with serving(server):
-            # In the locale "C" Python turns UTF-8 mode on, and children find another locale.
-            flags = "[f for f in sys.flags.__match_args__ if f != 'utf8_mode']"
-            flags = f"[getattr(sys.flags, name) for name in {flags}]"
+            # In the locale "C" Python turns on UTF-8 mode; children find another locale.
+            names = "[name for name in sys.flags.__match_args__ if name != 'utf8_mode']"
+            flags = f"[getattr(sys.flags, name) for name in {names}]"
             asked = f"sys.argv, sys.path, {flags}, sys.warnoptions, sys._xoptions"
             here = eval(asked)
             assert (await ask_for(server, asked)).value == here

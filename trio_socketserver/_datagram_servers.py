@@ -52,6 +52,14 @@ class UDPServer(TCPServer):
     max_packet_size: int = 8192
     """Bytes of a datagram that are delivered; a longer one is cut and counted."""
 
+    share_tasks: bool = True
+    """Whether datagrams that come together, and wait for nothing, share a task.
+
+    One that waits for anything has a task of its own. So has each where ``get_request()``,
+    ``verify_request()`` or ``process_request()`` is overridden. False is for handlers that
+    leave something with their task, such as an open cancel scope.
+    """
+
     _default_max_tasks = DATAGRAM_TASKS
     _run_handler = BaseServer._run_handler  # There is no TLS here.
 
@@ -88,11 +96,13 @@ class UDPServer(TCPServer):
             sender = self._sender = DatagramSocket(self.socket)
         return (data, sender), client_address
 
-    def _start(self, life: Life) -> None:
-        if self._requests is not None and self.reuse_tasks:
-            self._requests.tasks.start_in_line(attend, self, self._handle, life)
+    _own_get_request = get_request
+
+    def _start_unseen(self, life: Life) -> None:
+        if self.share_tasks and self._requests is not None:
+            self._requests.start_shared(attend, self, self._handle, life)
         else:
-            super()._start(life)
+            self._start(life)
 
     async def shutdown_request(self, request: Any) -> None:
         """Close the request, which does nothing. No checkpoint."""

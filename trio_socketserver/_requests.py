@@ -21,7 +21,7 @@ from typing import Any
 import trio
 
 from ._groups import only_cancelled, open_ungrouped_nursery
-from ._spare_tasks import SpareTasks
+from ._shared_tasks import Function, SharedTasks
 
 _surrounding: ContextVar[tuple[RequestNursery, ...]] = ContextVar(
     "trio_socketserver_requests", default=()
@@ -41,7 +41,7 @@ class RequestNursery:
         self._close_asked = trio.Event()
         self._closed = trio.Event()
         self._inner: trio.Nursery | None = None
-        self._tasks: SpareTasks | None = None
+        self._shared: SharedTasks | None = None
         self.crashed = False
 
     @asynccontextmanager
@@ -81,7 +81,7 @@ class RequestNursery:
         """Hold the nursery open until closing is asked for, then close it."""
         try:
             async with trio.open_nursery() as self._inner:
-                self._tasks = SpareTasks(self._inner, name="request")
+                self._shared = SharedTasks(self._inner, name="request")
                 self._opened.set()
                 try:
                     task_status.started()
@@ -90,7 +90,6 @@ class RequestNursery:
                     self._close_asked.set()
                     # Bounded by its own shield.
                     await stop_accepting()  # noqa: ASYNC102
-                    self._tasks.dismiss()
                 self._inner.cancel_scope.deadline = trio.current_time() + patience()
         except BaseException as error:
             self.crashed = not only_cancelled(error)
@@ -110,20 +109,17 @@ class RequestNursery:
         """Wait until requests can be started, or never will be."""
         await self._opened.wait()
 
-    @property
-    def tasks(self) -> SpareTasks:
-        """What runs the requests."""
-        if self._tasks is None:
-            raise RuntimeError("the server has not been entered")
-        return self._tasks
-
-    def start_soon(
-        self, function: Callable[..., Awaitable[object]], *args: Any, name: str
-    ) -> None:
+    def start_soon(self, function: Function, *args: Any, name: str) -> None:
         """Start a task of a request, or beside the requests. No checkpoint."""
         if self._inner is None:
             raise RuntimeError("the server has not been entered")
         self._inner.start_soon(function, *args, name=name)
+
+    def start_shared(self, function: Function, *args: Any) -> None:
+        """Start a request in a task that others may share, see `SharedTasks.start_soon`."""
+        if self._shared is None:
+            raise RuntimeError("the server has not been entered")
+        self._shared.start_soon(function, *args)
 
     def enter_request(self) -> None:
         """Mark the current task, and those it starts, as a part of a request."""

@@ -100,13 +100,6 @@ class BaseServer:
     cleanup_timeout: float = 5.0
     """Seconds that a handler's ``finish()``, and closing a request, may each take."""
 
-    reuse_tasks: bool = True
-    """Whether a task that has run a request may run others after it.
-
-    A request has a task to itself while it lasts, and the context variables of who started
-    it. False is for what keeps something per task and relies on the task's end.
-    """
-
     _default_max_tasks: int | None = None
     _one_at_a_time = True
     _batch = BATCH
@@ -431,11 +424,36 @@ class BaseServer:
         assert self._requests is not None
         if self._requests.is_cancelled():
             return  # Another process may serve what comes now.
+        if not self._is_hooked():
+            for _ in range(self._room_in_batch()):
+                if not await self._accept(self._start_unseen):
+                    return
+            return
         for _ in range(self._batch):
             if self._is_full() or not await self._accept():
                 return
             if self._loop.state is not LoopState.RUNNING:
                 return  # A hook has called shutdown().
+
+    def _is_hooked(self) -> bool:
+        """Tell whether taking a request runs code of the user's.
+
+        If not, nothing can change in between, and no request be denied. To know that spares
+        a datagram a quarter of its time, a short connection a twentieth.
+        """
+        return (
+            getattr(self.get_request, "__func__", None)
+            is not self._own_get_request.__func__
+            or getattr(self.verify_request, "__func__", None) is not _verify_request
+            or getattr(self.process_request, "__func__", None) is not _process_request
+        )
+
+    def _room_in_batch(self) -> int:
+        """Return how many requests may be taken before anything else happens."""
+        limit = self._limit()
+        if limit is None:
+            return self._batch
+        return min(self._batch, limit - self._counters.active + self._queued)
 
     async def _serve_one(self, started: Callable[[], None]) -> None:
         started()
@@ -488,8 +506,11 @@ class BaseServer:
             self._room = trio.Event()
             await self._room.wait()
 
-    async def _accept(self) -> bool:
+    async def _accept(self, start: Callable[[Life], None] | None = None) -> bool:
         """Take one request and pass it on.
+
+        Args:
+            start: begins the second stage without the first, which would do no more.
 
         Returns:
             Whether there was one; if not, it is time to wait again.
@@ -508,21 +529,13 @@ class BaseServer:
             self._accept_errors.succeeded()
         self._counters.accepted += 1
         life = Life(request, client_address)
-        if self._admits_all():
-            # What _admit() would do. A quarter of a datagram, a twentieth of a connection.
-            self._start(life)
-        else:
+        if start is None:
             await attend(self, self._admit, life)
+        else:
+            start(life)
         return True
 
     # -- a request's life ------------------------------------------------------------
-
-    def _admits_all(self) -> bool:
-        """Tell whether the hooks of the first stage do nothing but begin the second."""
-        return (
-            getattr(self.verify_request, "__func__", None) is _verify_request
-            and getattr(self.process_request, "__func__", None) is _process_request
-        )
 
     async def _admit(self, life: Life) -> None:
         """The first stage, in the loop's task: from accepting to handing on."""
@@ -553,13 +566,13 @@ class BaseServer:
 
     def _start(self, life: Life) -> None:
         """Begin the second stage."""
-        requests = self._requests
-        if requests is None:
+        if self._requests is None:
             raise RuntimeError("process_request() needs a server that serves")
-        if self.reuse_tasks:
-            requests.tasks.start(attend, self, self._handle, life)
-        else:
-            requests.start_soon(attend, self, self._handle, life, name="request")
+        self._requests.start_soon(attend, self, self._handle, life, name="request")
+
+    def _start_unseen(self, life: Life) -> None:
+        """Begin the second stage of a request that no code of the user's has seen."""
+        self._start(life)
 
     def _handle(self, life: Life) -> Awaitable[None]:
         """The second stage, in the request's own task."""
@@ -615,6 +628,8 @@ class BaseServer:
             BlockingIOError: nothing is queued (any more).
         """
         raise NotImplementedError(f"{type(self).__qualname__} has no get_request()")
+
+    _own_get_request = get_request
 
     async def verify_request(self, request: Any, client_address: Any) -> bool:
         """Decide whether to handle a request; called before a byte is read. No checkpoint.

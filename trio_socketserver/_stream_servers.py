@@ -241,6 +241,8 @@ class TCPServer(BaseServer):
         timeouts = math.inf if patience is None else patience, self.cleanup_timeout
         return TLSSocket.secured(connection, context, *timeouts), client_address
 
+    _own_get_request = get_request
+
     def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
         if type(request) is not StreamSocket and isinstance(request, TLSSocket):
             return self._run_secured(request, client_address)
