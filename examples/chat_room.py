@@ -3,9 +3,9 @@
     python examples/chat_room.py [PORT]
 
 Join it from several terminals with ``nc 127.0.0.1 9999`` or ``telnet 127.0.0.1 9999``. The
-first line is your name. Everybody has an outbox, and a task that empties it, so who speaks
-never waits for who reads slowly; who lags a hundred messages behind is dropped. Ctrl-C
-says goodbye to everybody.
+first line is your name. Everybody has an outbox, and a task that empties it, so nobody who
+speaks ever waits for a slow reader; one who lags a hundred messages behind is dropped.
+Ctrl-C says goodbye to everybody.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ async def main(cert: str, key: str, port: str = "9999", path: str = "/tmp/store"
                 nursery.start_soon(server.serve_forever)
                 print(f"listening on {server.server_address!r}", flush=True)
             await anext(signals)
-            # Both at once: who is idle is sent away, who is served gets the answer first.
+            # Both at once: idle clients are sent away, the others get their answer first.
             for server in (remote, local):
                 nursery.start_soon(server.server_close)
 

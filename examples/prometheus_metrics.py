@@ -2,7 +2,7 @@
 
     python examples/prometheus_metrics.py [PORT] [METRICS_PORT]
 
-It needs ``pip install prometheus-client``. Send some lines, and look at the numbers:
+It needs ``pip install prometheus-client``. Send a line, and look at the numbers:
 
     echo hello | nc -N 127.0.0.1 9999
     curl http://127.0.0.1:8000/metrics

@@ -2,13 +2,13 @@
 
     python examples/proxy.py UPSTREAM_HOST UPSTREAM_PORT [PORT]
 
-Try it with a server behind it, of pages for example:
+Try it with a server behind it, of pages for example, and ask in another terminal:
 
     python -m http.server -b 127.0.0.1 8000 & python examples/proxy.py 127.0.0.1 8000
     curl http://127.0.0.1:9999/
 
-Each direction ends by itself: who has said all may still be answered. But an error in one
-ends both, by a reset: a stream that was cut must not look like one that is complete.
+Each direction ends by itself: whoever has said all may still be answered. But an error
+in one ends both, by a reset: a stream that was cut must not look like a complete one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/several_servers.py [PORT] [SOCKET]
 
-Vote, and look at the result:
+Vote, and look at the result (``-N`` is for OpenBSD's ``nc``; others need none):
 
     echo tea | nc -N 127.0.0.1 9999
     echo coffee | nc -u -w 1 127.0.0.1 9999

@@ -2,13 +2,15 @@ r"""TLS, with certificates of clients, and a certificate of its own that can be 
 
     python examples/tls_service.py CERT KEY CLIENT_CA [PORT]
 
-The first two are files with the server's certificate chain and its key, the third one with
-the certificate of who vouches for clients. Ask it who you are:
+CERT and KEY are the server's, CLIENT_CA vouches for its clients. One file can be all of it:
 
-    openssl s_client -quiet -connect 127.0.0.1:9999 -cert MINE -key MY_KEY
+    openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=me -keyout KEY -out CERT \
+        -addext subjectAltName=DNS:me
+    python examples/tls_service.py CERT KEY CERT &
+    openssl s_client -quiet -connect 127.0.0.1:9999 -cert CERT -key KEY
 
-When the server's certificate has been renewed, send SIGHUP: who comes then is shown the new
-one, and nobody is interrupted. Clients without a certificate are one line in the log.
+It says whose lines they are. SIGHUP loads a certificate that has been renewed: new clients
+are shown it, nobody is interrupted. A client without one is one line in the log.
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ from trio_socketserver import NurseryTCPServer, StreamRequestHandler
 
 
 class WhoAmI(StreamRequestHandler):
-    """Tell each client what its certificate says."""
-
     timeout = 60
 
     async def handle(self) -> None:
