@@ -96,7 +96,7 @@ class UDPServer(TCPServer):
             sender = self._sender = DatagramSocket(self.socket)
         return (data, sender), client_address
 
-    _own_get_request = get_request
+    _own_get_request: Any = get_request
 
     def _start_unseen(self, life: Life) -> None:
         if self.share_tasks and self._requests is not None:

@@ -629,7 +629,7 @@ class BaseServer:
         """
         raise NotImplementedError(f"{type(self).__qualname__} has no get_request()")
 
-    _own_get_request = get_request
+    _own_get_request: Any = get_request
 
     async def verify_request(self, request: Any, client_address: Any) -> bool:
         """Decide whether to handle a request; called before a byte is read. No checkpoint.

@@ -241,7 +241,7 @@ class TCPServer(BaseServer):
         timeouts = math.inf if patience is None else patience, self.cleanup_timeout
         return TLSSocket.secured(connection, context, *timeouts), client_address
 
-    _own_get_request = get_request
+    _own_get_request: Any = get_request
 
     def _run_handler(self, request: Any, client_address: Any) -> Awaitable[None]:
         if type(request) is not StreamSocket and isinstance(request, TLSSocket):
