@@ -226,6 +226,14 @@ def test_what_cannot_be_said(monkeypatch, where):
         say("and that")
 
 
+def test_nothing_is_said_where_stdout_has_been_closed(monkeypatch):
+    """As a daemon does it. What a callback of trio's raises would end the program."""
+    with open(os.devnull, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        stdout.close()
+        say("this")
+
+
 def test_a_signal_when_the_loop_has_ended(capsys):
     class Server:
         def statistics(self):

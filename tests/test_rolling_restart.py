@@ -355,6 +355,17 @@ def test_a_program_is_short_and_explains_itself(name: str) -> None:
     assert f"\n    python examples/rolling_restart/{name}" in docstring
 
 
+def test_haproxy_takes_what_the_documentation_shows(haproxy: str, tmp_path: Path) -> None:
+    page = (FOLDER.parents[1] / "docs" / "deploying.rst").read_text()
+    (block,) = re.findall(r":name: haproxy\n\n((?: {3}.*\n)+)", page)
+    frontend = "\nfrontend public\n    mode tcp\n    timeout client 10m\n    bind :9999\n"
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(textwrap.dedent(block) + f"{frontend}    default_backend chat\n")
+    command = [haproxy, "-dW", "-c", "-f", str(config)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
 def test_numbers_in_prose() -> None:
     last_word = re.search(r"^LAST_WORD = (\d+)$", source_of("service.py"), re.MULTILINE)
     assert last_word is not None

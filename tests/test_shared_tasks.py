@@ -322,6 +322,18 @@ async def test_a_hook_sets_variables_for_its_own_request(hook: str) -> None:
 
 
 @bounded
+async def test_another_server_s_hook_is_no_hook_of_its_own() -> None:
+    """Both are a method of the same class, of different objects."""
+    other = NurseryUDPServer(LOCALHOST, Echo)
+    server = NurseryUDPServer(LOCALHOST, Tell)
+    other.tasks = []  # type: ignore[attr-defined]
+    server.process_request = other.process_request  # type: ignore[method-assign]
+    async with other:
+        assert await replies_to_a_batch(server, [b"theirs"]) == [b"theirs"]
+    assert (len(server.tasks), len(other.tasks)) == (0, 1)  # type: ignore[attr-defined]
+
+
+@bounded
 async def test_datagrams_of_one_batch_that_wait_do_not_wait_for_each_other() -> None:
     arrived: list[bytes] = []
     all_here = trio.Event()

@@ -1,7 +1,7 @@
 """The command's log: on stderr, coloured where a person looks at it.
 
-Whether that is so is decided as CPython decides it for its tracebacks: ``NO_COLOR`` and
-``FORCE_COLOR`` count when they are set and not empty (https://no-color.org), then
+Whether that is so is decided much as CPython decides it for its tracebacks: ``NO_COLOR``
+and ``FORCE_COLOR`` count when they are set and not empty (https://no-color.org), then
 ``TERM=dumb``, then whether it is a terminal.
 """
 

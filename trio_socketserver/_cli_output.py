@@ -98,7 +98,7 @@ def say(line: str) -> None:
     Where it cannot be written, because ``head -1`` has had its line or the disk is full,
     the server goes on and says no more.
     """
-    if sys.stdout is None:  # The command was started without one.
+    if sys.stdout is None or sys.stdout.closed:  # Started without one, or it was closed.
         return
     encoding = sys.stdout.encoding or "utf-8"
     try:

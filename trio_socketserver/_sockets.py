@@ -431,7 +431,7 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
             trio.ClosedResourceError: the socket, or its sending side, is closed.
             trio.BusyResourceError: another task is sending.
 
-        Cancellation: nothing, a part, or all of it has been sent.
+        Cancellation: nothing, or a part of it, has been sent; never all.
         """
         if self._sending or self._eof_sent:
             self._start_sending()
