@@ -117,8 +117,7 @@ class RequestNursery:
 
     def start_shared(self, function: Function, *args: Any) -> None:
         """Start a request in a task that others may share, see `SharedTasks.start_soon`."""
-        if self._shared is None:
-            raise RuntimeError("the server has not been entered")
+        assert self._shared is not None
         self._shared.start_soon(function, *args)
 
     def enter_request(self) -> None:

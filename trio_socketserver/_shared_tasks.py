@@ -60,8 +60,7 @@ class SharedTasks:
         self._row.append((function, args))
 
     async def _run(self, row: Row) -> None:
-        if self._row is row:
-            self._row = None
+        self._row = None
         if len(row) > 1:
             # Its turn comes when this task waits or has ended.
             self._nursery.start_soon(self._part, row, name=self._name)
