@@ -31,7 +31,7 @@ def machine() -> dict[str, str]:
     server_core, load_core = server_and_load()
     return {
         "Python": platform.python_version(),
-        "Linux": platform.release(),
+        "Linux": ".".join(platform.release().split(".")[:2]),
         "cores": str(len(os.sched_getaffinity(0)))
         + (" (the server and the load share it)" if server_core == load_core else ""),
         **versions,
