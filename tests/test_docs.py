@@ -1168,11 +1168,23 @@ def test_the_table_of_porting_names_what_there_is() -> None:
 @scenario("blocking.rst: facts.py")
 def facts(block: Block, folder: Path) -> None:
     with Program.of(block, folder) as program:
-        address = program.address()
-        first, second = (exchange(address, b"").decode() for _ in range(2))
-        assert second == BLOCKS["blocking.rst: facts"].text
-        assert first == second.replace("before: True", "before: False")
+        first, later = first_and_later_facts(program.address())
+        assert later == BLOCKS["blocking.rst: facts"].text
+        assert first == later.replace("before: True", "before: False")
         program.end_quietly()
+
+
+def first_and_later_facts(address: Any) -> tuple[str, str]:
+    """Ask until a thread answers that has answered before.
+
+    A thread is spare some time after its client has seen the connection end.
+    """
+    first = later = exchange(address, b"").decode()
+    for _ in range(100):
+        if later != first:
+            break
+        later = exchange(address, b"").decode()
+    return first, later
 
 
 def test_facts_of_a_whole_server() -> None:
@@ -1185,21 +1197,20 @@ def test_facts_of_a_whole_server() -> None:
     namespace["TellingServer"] = TellingServer
     server = TellingServer(("127.0.0.1", 0), namespace["Tell"])
 
-    async def main() -> bytes:
+    async def main() -> str:
         with trio.fail_after(LIMIT):
             async with trio.open_nursery() as nursery:
                 address = await nursery.start(trio_socketserver.serve_blocking, server)
-                await in_thread(exchange, address, b"")
-                told: bytes = await in_thread(exchange, address, b"")
+                _, later = await in_thread(first_and_later_facts, address)
                 nursery.cancel_scope.cancel()
-        return told
+        return later
 
     expected = BLOCKS["blocking.rst: facts"].text
     for mix_in, holds in (("old", True), ("new", False)):
         expected = expected.replace(
             f"the {mix_in} mix-in: {not holds}", f"the {mix_in} mix-in: {holds}"
         )
-    assert trio.run(main).decode() == expected
+    assert trio.run(main) == expected
     assert type(server) is TellingServer
 
 
