@@ -486,3 +486,70 @@ async def test_the_clients_end_is_a_stream() -> None:
         return tuple(MemoryClient(end, None, None) for end in ends)  # type: ignore[return-value]
 
     await trio.testing.check_half_closeable_stream(make, None)
+
+
+async def receive_and_echo(request: Any, client_address: Any, server: Any) -> None:
+    await request.send_all(await request.receive_some())
+
+
+async def test_two_handlers_at_once_need_two_servers() -> None:
+    server = NurseryTCPServer(LOCAL, echo_all)
+    async with (
+        server,
+        memory_connection(receive_and_echo, server=server) as one,
+        memory_connection(receive_and_echo, server=server) as two,
+    ):
+        with pytest.raises(RuntimeError, match="another handler"):
+            await converse(echo_all, b"", server=server)
+        for client in (one, two):
+            await client.send_all(b"echo")
+            assert await client.receive_some() == b"echo"
+    assert server.RequestHandlerClass is echo_all
+
+
+async def test_requests_in_memory_may_end_in_any_order() -> None:
+    server = NurseryTCPServer(LOCAL, echo_all)
+    ends = [trio.Event(), trio.Event()]
+
+    async def talk(end: trio.Event) -> None:
+        async with memory_connection(receive_and_echo, server=server) as client:
+            await end.wait()
+            await client.send_all(b"echo")
+            assert await client.receive_some() == b"echo"
+
+    async with server, trio.open_nursery() as nursery:
+        for end in ends:
+            nursery.start_soon(talk, end)
+            await trio.testing.wait_all_tasks_blocked()
+        for end in ends:
+            assert server.RequestHandlerClass is receive_and_echo
+            end.set()
+            await trio.testing.wait_all_tasks_blocked()
+        assert server.RequestHandlerClass is echo_all
+
+
+async def test_a_request_is_of_its_server_s_kind() -> None:
+    async with NurseryUDPServer(LOCAL, echo_all) as server:
+        with pytest.raises(TypeError, match="serves datagrams: use datagram_replies"):
+            await converse(echo_all, b"", server=server)
+    async with NurseryTCPServer(LOCAL, echo_all) as server:
+        with pytest.raises(TypeError, match="serves connections: use memory_connection"):
+            await datagram_replies(echo_all, b"", server=server)
+
+
+async def test_the_handler_s_timeout_bounds_what_it_receives_by_itself(
+    autojump_clock: MockClock,
+) -> None:
+    class Impatient(StreamRequestHandler):
+        timeout = 5
+
+        async def handle(self) -> None:
+            await self.request.recv(10)
+
+    async def say_nothing() -> None:
+        async with memory_connection(Impatient) as client:
+            await client.receive_some()
+
+    with pytest.raises(RequestTimeout):
+        await say_nothing()
+    assert trio.current_time() == 5

@@ -735,6 +735,19 @@ async def test_a_send_cut_between_two_pieces_is_cut_too() -> None:
 
 
 @bounded
+async def test_a_cancellation_after_the_last_byte_cuts_nothing() -> None:
+    """The client may have read all of it by then, and is told that it was all."""
+    async with established() as (server, client):
+        scope = trio.CancelScope()
+        with scope, Moments(lambda _: scope.cancel()):
+            await server.send_all(b"all")
+        assert scope.cancel_called
+        await server.aclose()
+        assert await client.receive_some() == b"all"
+        await tells_an_end_from_a_cut(client)
+
+
+@bounded
 async def test_sends_that_are_cut_short_do_not_pile_up() -> None:
     async with established(kind="unix", small_buffers=True) as (server, _):
         for _ in range(20):

@@ -127,11 +127,10 @@ class StreamRequestHandler(BaseRequestHandler):
     async def setup(self) -> None:
         """Make ``rfile`` and ``wfile``. No checkpoint: nothing here waits."""
         self.connection = self.request
-        if isinstance(self.connection, StreamSocket):
-            if self.timeout is not None:
-                self.connection.settimeout(self.timeout)
-            if self.disable_nagle_algorithm and _has_nagle(self.connection):
-                self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if self.timeout is not None and hasattr(self.connection, "settimeout"):
+            self.connection.settimeout(self.timeout)
+        if self.disable_nagle_algorithm and _has_nagle(self.connection):
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         drain = getattr(self.server, "_drain", None)
         self.rfile = _files.StreamReader(
             self.connection,
@@ -196,8 +195,10 @@ class DatagramRequestHandler(BaseRequestHandler):
         return not reply or self.socket.sendto_now(reply, self.client_address)
 
 
-def _has_nagle(connection: StreamSocket) -> bool:
-    return connection.socket.family != getattr(socket, "AF_UNIX", None)
+def _has_nagle(connection: Any) -> bool:
+    return isinstance(connection, StreamSocket) and (
+        connection.socket.family != getattr(socket, "AF_UNIX", None)
+    )
 
 
 class HandlerKind(enum.Enum):

@@ -392,8 +392,8 @@ class TLSSocket(StreamSocket):
 
         Raises as `StreamSocket.send_all` and `do_handshake` do.
 
-        Cancellation: a part may have been sent, and another be sent before what is sent
-        next; each byte once, and in order.
+        Cancellation: a part may have been sent, never all, and another be sent before what
+        is sent next; each byte once, and in order.
         """
         self._start_sending()
         self._sending = True
@@ -406,16 +406,16 @@ class TLSSocket(StreamSocket):
             await self._flush()
             with memoryview(data).cast("B") as view:
                 for start in range(0, len(view), ENCRYPT_SIZE):
+                    if start:
+                        await checkpoint()
                     self._is_cut = True
                     self._encrypt(view[start : start + ENCRYPT_SIZE])
-                    if self._flush_now():
-                        await checkpoint()
-                    else:
+                    if not self._flush_now():
                         await self._flush()
                 if view:
                     self._is_cut = False
-                else:
-                    await checkpoint()
+            # What has been sent as a whole is not to look like a send that was cut.
+            await cancel_shielded_checkpoint()
         finally:
             self._sending = False
 

@@ -122,6 +122,7 @@ async def check_cancellation(
 
     The running loop's clock is used. With ``MockClock(autojump_threshold=0)``, the fixture
     ``autojump_clock`` of pytest-trio, waiting takes no time; a slow one is then found too.
+    It is not for handlers that wait for threads, while which that clock jumps.
 
     Args:
         handler: a handler class, or a coroutine function.
@@ -145,6 +146,8 @@ async def check_cancellation(
 
     Cancellation: ends the run in progress, as a server that is cancelled.
 
+    A handler that cancels a scope of its own inside a shield, and then returns without
+    another checkpoint, is blamed wrongly: nothing tells whose cancellation was delivered.
     Nothing can end a handler that waits in a shield without a deadline, and not for its
     client. The logger ``trio_socketserver`` is told where it waits, and it is waited for.
     """
@@ -163,7 +166,8 @@ async def _was_cancelled(
     cleanup_timeout: float,
 ) -> bool:
     """Run the handler once, and check it; return whether the moment has come."""
-    home = server_for(handler, server)
+    is_datagram = isinstance(client, bytes)
+    home = server_for(handler, server, datagram=is_datagram)
     if home is not server:
         home.cleanup_timeout = cleanup_timeout
     watch = Watch(moment)
@@ -172,7 +176,6 @@ async def _was_cancelled(
     ours, theirs = memory_stream_pair()
     stream = _PatientClient(theirs, home if server is None else server, CLIENT_ADDRESS)
     connection = MemorySocket(ours, CLIENT_ADDRESS)
-    is_datagram = isinstance(client, bytes)
     request = (client, MemoryDatagramSocket()) if is_datagram else connection
     attendance = _WatchedAttendance(watch, home, request)
     trio.lowlevel.add_instrument(watch)

@@ -55,14 +55,15 @@ async def memory_connection(
 
     Raises:
         TypeError: the handler is a blocking one, or the server handles requests in
-            processes.
+            processes, or serves datagrams.
+        RuntimeError: the server has another handler in memory at the moment.
         BaseException: what the handler raises, bare, the faults of a peer included; the
             block is cancelled. What the block raises leaves it unchanged, and cancels the
             handler. If both fail, the two leave as a group.
 
     Cancellation: cancels the handler, and waits for its ``finish()``.
     """
-    home = server_for(handler, server)
+    home = server_for(handler, server, datagram=False)
     ours, theirs = memory_stream_pair()
     seen = home if server is None else server
     client = MemoryClient(theirs, seen, client_address)
@@ -142,7 +143,7 @@ async def datagram_replies(
 
     Cancellation: cancels the handler, and waits for its ``finish()``.
     """
-    home = server_for(handler, server)
+    home = server_for(handler, server, datagram=True)
     replies = MemoryDatagramSocket()
     async with (
         entered(home, handler),

@@ -9,15 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import trio
 
+from .._datagram_servers import UDPServer
 from .._exceptions import ConnectionBroken
 from .._groups import open_ungrouped_nursery
 from .._handlers import HandlerKind, handler_kind, run_handler
 from .._life import Life, Outcome, attend
 from .._server import BaseServer, Handler
+from .._stream_servers import TCPServer
 from ._memory_sockets import SERVER_ADDRESS, MemorySocket
 
 
@@ -48,11 +52,12 @@ class MemoryServer(BaseServer):
         """Do nothing; the error is raised where the request was made."""
 
 
-def server_for(handler: Handler, server: Any) -> BaseServer:
+def server_for(handler: Handler, server: Any, *, datagram: bool) -> BaseServer:
     """Return the server in which a request of *handler* is to live.
 
     Raises:
-        TypeError: the handler needs a thread or a process, or is none.
+        TypeError: the handler needs a thread or a process, or is none; or the server
+            serves connections where this is a datagram, or the other way round.
     """
     if handler_kind(handler) is HandlerKind.BLOCKING:
         raise TypeError(
@@ -67,7 +72,24 @@ def server_for(handler: Handler, server: Any) -> BaseServer:
             f"{type(server).__qualname__} handles requests in child processes, which "
             "nothing in memory reaches: use serving() and a real client"
         )
+    if isinstance(server, TCPServer) and isinstance(server, UDPServer) is not datagram:
+        name, kind, other = type(server).__qualname__, "datagrams", "datagram_replies()"
+        if datagram:
+            kind, other = "connections", "memory_connection() or converse()"
+        raise TypeError(f"{name} serves {kind}: use {other}")
     return server
+
+
+@dataclass
+class _Lent:
+    """A server that has another handler for the time of some requests in memory."""
+
+    handler: Handler
+    before: Handler
+    requests: int = 0
+
+
+_lent: Final[WeakKeyDictionary[BaseServer, _Lent]] = WeakKeyDictionary()
 
 
 class Attendance:
@@ -173,9 +195,21 @@ class Attendance:
 
 @asynccontextmanager
 async def entered(server: BaseServer, handler: Handler) -> AsyncGenerator[None]:
-    """Have *server* entered, with this handler, for the length of the block."""
-    before = server.RequestHandlerClass
-    server.RequestHandlerClass = handler
+    """Have *server* entered, with this handler, for the length of the block.
+
+    Raises:
+        RuntimeError: it has another handler at the moment, for another request in memory.
+    """
+    lent = _lent.get(server)
+    if lent is None:
+        lent = _lent[server] = _Lent(handler, server.RequestHandlerClass)
+        server.RequestHandlerClass = handler
+    elif lent.handler is not handler:
+        raise RuntimeError(
+            f"this server has another handler in memory at the moment, {lent.handler!r}: "
+            "make one server for each handler"
+        )
+    lent.requests += 1
     try:
         if server._requests is not None:
             yield
@@ -183,4 +217,7 @@ async def entered(server: BaseServer, handler: Handler) -> AsyncGenerator[None]:
             async with server:
                 yield
     finally:
-        server.RequestHandlerClass = before
+        lent.requests -= 1
+        if not lent.requests:
+            server.RequestHandlerClass = lent.before
+            del _lent[server]
