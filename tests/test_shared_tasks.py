@@ -171,17 +171,14 @@ async def test_a_row_ends_with_a_nursery_that_is_left_open() -> None:
     visitors = Visitors()
 
     async def leave_open() -> None:
+        await visitors.visit()
         await trio.open_nursery().__aenter__()
 
-    async def main() -> None:
+    with contextlib.suppress(BaseExceptionGroup):  # Newer versions of trio notice it.
         async with shared_tasks() as tasks:
             tasks.start_soon(leave_open)
             tasks.start_soon(visitors.visit)
-
-    with pytest.raises(BaseExceptionGroup) as raised:
-        await main()
-    assert raised.group_contains(RuntimeError, match="Nursery stack")
-    assert len(visitors.tasks) == 1
+    assert len(set(visitors.tasks)) == len(visitors.tasks) == 2
 
 
 async def test_in_a_cancelled_nursery_each_runs_to_its_first_checkpoint() -> None:
