@@ -91,7 +91,7 @@ each_rpc_server = pytest.mark.parametrize(
 def rpc_server(server_class: Any) -> Any:
     """Return a server with some functions."""
 
-    class Library:
+    class Shop:
         def _dispatch(self, method: str, params: tuple[Any, ...]) -> Any:
             return method, params
 
@@ -100,7 +100,7 @@ def rpc_server(server_class: Any) -> Any:
     server.register_multicall_functions()
     server.register_function(pow)
     server.register_function(lambda x, y: x // y, "divide")
-    server.register_instance(Library())
+    server.register_instance(Shop())
     return server
 
 
@@ -111,8 +111,8 @@ async def test_remote_procedures_are_called(server_class, ending):
     def ask(address: Any) -> None:
         with rpc(address) as proxy:
             assert proxy.pow(2, 10) == 1024
-            assert proxy.library.call("é" * 100_000, None) == [
-                "library.call",
+            assert proxy.shop.call("é" * 100_000, None) == [
+                "shop.call",
                 ["é" * 100_000, None],
             ]
             assert "pow" in proxy.system.listMethods()

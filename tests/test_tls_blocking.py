@@ -653,6 +653,20 @@ async def test_the_timeout_of_a_handler(server_class: Any) -> None:
     assert (seen.failed, seen.peer_errors) == (1, 1)
 
 
+async def meets_a_cut(handler: Any, timed_out: threading.Event) -> None:
+    """Have a client read what a handler has sent until it timed out."""
+
+    def client() -> None:
+        with tls_connect(server.server_address) as sock:
+            wait_for(timed_out)
+            with pytest.raises(ssl.SSLEOFError):
+                receive_rest(sock)
+
+    server = make(ThreadingTCPServer, handler)
+    async with serving(server):
+        await in_thread(client)
+
+
 @bounded
 async def test_a_send_that_timed_out_between_two_records_is_cut() -> None:
     """OpenSSL holds nothing then: Python waits for room before it encrypts."""
@@ -666,15 +680,7 @@ async def test_a_send_that_timed_out_between_two_records_is_cut() -> None:
         except TimeoutError:
             timed_out.set()
 
-    def client() -> None:
-        with tls_connect(server.server_address) as sock:
-            wait_for(timed_out)
-            with pytest.raises(ssl.SSLEOFError):
-                receive_rest(sock)
-
-    server = make(ThreadingTCPServer, handler)
-    async with serving(server):
-        await in_thread(client)
+    await meets_a_cut(handler, timed_out)
 
 
 SIZE = 4_000_000
@@ -745,12 +751,4 @@ async def test_what_is_written_below_send_is_cut_too() -> None:
         except TimeoutError:
             timed_out.set()
 
-    def client() -> None:
-        with tls_connect(server.server_address) as sock:
-            wait_for(timed_out)
-            with pytest.raises(ssl.SSLEOFError):
-                receive_rest(sock)
-
-    server = make(ThreadingTCPServer, handler)
-    async with serving(server):
-        await in_thread(client)
+    await meets_a_cut(handler, timed_out)

@@ -56,7 +56,8 @@ def _ignored_signals() -> Iterator[signal.Signals]:
     """Yield the signals that are for the program to hear, but are sent to its group."""
     yield signal.SIGINT  # Ctrl-C goes to the whole foreground.
     if callable(signal.getsignal(signal.SIGUSR1)):
-        yield signal.SIGUSR1  # The command's, for statistics.
+        # The program hears it, as the command does for its statistics. A worker would end.
+        yield signal.SIGUSR1
 
 
 def is_of_main(pickled: bytes) -> bool:

@@ -629,6 +629,7 @@ class BaseServer:
         """
         raise NotImplementedError(f"{type(self).__qualname__} has no get_request()")
 
+    # What tells an override, see _is_hooked(); here, and where a class of ours has another.
     _own_get_request: Any = get_request
 
     async def verify_request(self, request: Any, client_address: Any) -> bool:
