@@ -221,14 +221,57 @@ async def test_what_has_arrived_comes_first(kind: str, autojump_clock: Any) -> N
             reader = StreamReader(stream, drain=drain, buffer_size=4)
             send(b"one\n")
             assert await anext(reader) == b"one\n"
-            send(b"two\nthree\nfour\nfi")
+            send(b"two\nthree\nfour\n")
             drain.begin()
             iteration = Iteration(reader)
             nursery.start_soon(iteration)
             await trio.sleep(20)
             assert iteration.lines == [b"two\n", b"three\n", b"four\n"]
             assert iteration.ended_at == glance(kind)
-            assert await reader.read1() == b"fi"
+
+
+@any_stream
+@pytest.mark.parametrize("begun", ["waiting", "in the buffer"])
+async def test_the_rest_of_a_line_that_has_begun_is_waited_for(
+    kind: str, begun: str, autojump_clock: Any
+) -> None:
+    drain = Drain()
+    with stream_of(kind) as (stream, send):
+        async with trio.open_nursery() as nursery:
+            iteration = Iteration(StreamReader(stream, drain=drain))
+            send(b"one\ntw" if begun == "in the buffer" else b"one\n")
+            nursery.start_soon(iteration)
+            await wait_all_tasks_blocked()
+            if begun == "waiting":
+                send(b"tw")
+            drain.begin()
+            await trio.sleep(0.9)
+            assert iteration.ended_at is None
+            send(b"o\n")
+            await trio.sleep(20)
+            assert iteration.lines == [b"one\n", b"two\n"]
+            assert iteration.ended_at == pytest.approx(0.9 + glance(kind))
+
+
+@any_stream
+async def test_who_sends_a_line_by_and_by_has_a_second_too(
+    kind: str, autojump_clock: Any
+) -> None:
+    drain = Drain()
+    with stream_of(kind) as (stream, send):
+        async with trio.open_nursery() as nursery:
+            iteration = Iteration(StreamReader(stream, drain=drain))
+            send(b"one\ntw")
+            nursery.start_soon(iteration)
+            await wait_all_tasks_blocked()
+            drain.begin()
+            for _ in range(4):
+                await trio.sleep(0.3)
+                send(b"o")
+            assert iteration.lines == [b"one\n"]
+            assert iteration.ended_at == 1
+            # What did come is not lost to who wants it.
+            assert await iteration.reader.read1() == b"twooo"
 
 
 @any_stream

@@ -15,10 +15,11 @@ from typing import Protocol
 import trio
 
 FIRST_LINE_GRACE = 1.0
-"""Seconds, from when draining began, for a client that has not sent its first line.
+"""Seconds, from when draining began, for a first line, and for the rest of any line.
 
-It may have connected a moment ago, with its request still on the way. One second covers a
-retransmitted packet (Linux: 200 ms at least) and any usual round trip.
+Who has sent none may have connected a moment ago; who has sent a part may have the rest on
+the way. One second covers a retransmitted packet (Linux: 200 ms at least) and any usual
+round trip, and nobody who sends byte by byte holds the server up for longer.
 """
 
 
@@ -61,6 +62,6 @@ class Drain:
         """Return until when a connection may still wait for a line, on trio's clock.
 
         Args:
-            served: whether the connection has had a line already.
+            served: whether the connection has had a line already, and begun no other.
         """
         return self._began + (0 if served else FIRST_LINE_GRACE)

@@ -178,7 +178,9 @@ class StreamReader:
         """
         size = max(self._size, wanted) if self._size else wanted
         if idle and self._drain is not None:
-            return self._stream.receive_idle(size, self._drain, served=self._served)
+            # A line that has begun is waited for like a first one.
+            served = self._served and not self._buffer
+            return self._stream.receive_idle(size, self._drain, served=served)
         return self._stream.receive_some(size)
 
     # -- reading by size -------------------------------------------------------------

@@ -381,8 +381,8 @@ class StreamSocket(_PlainNames, trio.abc.HalfCloseableStream):
         Args:
             max_bytes: take no more than so many bytes.
             drain: the server's draining.
-            served: whether this connection has had a request line already; one that has
-                not is given some time still, see `Drain.deadline`.
+            served: whether this connection has had a request line already, and begun no
+                other; if not, it is given some time still, see `Drain.deadline`.
 
         Raises:
             Drained: the server is draining and nothing has come.
