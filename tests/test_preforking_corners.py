@@ -364,7 +364,7 @@ async def worker_of(
         copy = copy_of(server)
         copy._link = link = WorkerLink(theirs)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_worker_process._Worker(copy, link, interval).run)
+            nursery.start_soon(_worker_process._WorkerRun(copy, link, interval).run)
             yield copy, Peer(ours)
 
 
@@ -445,7 +445,7 @@ async def test_a_loop_that_ends_by_itself_ends_the_worker() -> None:
         copy = copy_of(server)
         copy.__class__ = Brief
         copy._link = link = WorkerLink(theirs)
-        await _worker_process._Worker(copy, link, 0.5).run()
+        await _worker_process._WorkerRun(copy, link, 0.5).run()
         assert await Peer(ours).hear() == (News.STOPPED, b"")
     assert copy.fileno() == -1
 

@@ -61,7 +61,7 @@ def main() -> None:
         server._link = link
         server._batch = WORKER_BATCH
         watch.patience = patience_of(server)
-        trio.run(_Worker(server, link, preparation.poll_interval).run)
+        trio.run(_WorkerRun(server, link, preparation.poll_interval).run)
     except BaseException:  # noqa: ASYNC103 (nobody is left to raise it to)
         text = shortened(traceback.format_exc())
         link.say(News.FAILED, text.encode(errors="backslashreplace"))
@@ -108,7 +108,7 @@ class ParentWatch:
         os._exit(1)
 
 
-class _Worker:
+class _WorkerRun:
     """The worker's run of its server."""
 
     def __init__(

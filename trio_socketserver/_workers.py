@@ -129,7 +129,7 @@ class Job:
         self._cancelled = False
         self._raise_cancel: Callable[[], Any] | None = None
         self._outcome: outcome.Outcome[object] | None = None
-        self._worker: _Worker | None = None
+        self._worker: _WorkerThread | None = None
         self._context = contextvars.copy_context()
         self._task: trio.lowlevel.Task | None = None
 
@@ -190,7 +190,7 @@ class Job:
         """Whether the job still wants a worker."""
         return not self._cancelled
 
-    def start(self, worker: _Worker) -> None:
+    def start(self, worker: _WorkerThread) -> None:
         """Hand the job to a worker."""
         self._worker = worker
         worker.calls.put(self._call)
@@ -233,7 +233,7 @@ class Job:
         self._worker.calls.put(None)
 
 
-class _Worker:
+class _WorkerThread:
     """A thread that does jobs, and its host in trio."""
 
     __slots__ = ("_first", "calls", "daemon", "pool", "scope")
@@ -326,7 +326,7 @@ class Workers:
         self._start_soon = start_soon
         self._limit = limit
         self._on_room = on_room
-        self._idle: list[_Worker] = []
+        self._idle: list[_WorkerThread] = []
         self._waiting: collections.deque[Job] = collections.deque()
         self._finished: collections.deque[Job] = collections.deque()
         self._told = False
@@ -370,7 +370,7 @@ class Workers:
                 if self._idle and self._idle[-1].daemon is job.daemon:
                     job.start(self._idle.pop())
                 elif self._count - len(self._idle) < self._limit():
-                    worker = _Worker(self, job)
+                    worker = _WorkerThread(self, job)
                     job.start(worker)
                     self._count += 1
                     # Its context is nobody's: each job brings its own.
@@ -380,14 +380,14 @@ class Workers:
                     return
             self._waiting.popleft()
 
-    def take_back(self, worker: _Worker) -> None:
+    def take_back(self, worker: _WorkerThread) -> None:
         """Keep a worker that has no job for the next."""
         self._idle.append(worker)
         self._dispatch()
         if self._closed:
             self.retire(worker)
 
-    def retire(self, worker: _Worker) -> None:
+    def retire(self, worker: _WorkerThread) -> None:
         """End a worker, unless it has a job."""
         if worker in self._idle:
             self._idle.remove(worker)
