@@ -172,6 +172,47 @@ def test_only_the_names_of_the_standard_library_are_taken() -> None:
     assert names(DatagramRequestHandler) == names(socketserver.DatagramRequestHandler)
 
 
+async def test_another_writer_in_the_place_of_wfile_is_flushed() -> None:
+    class Upper:
+        def __init__(self, stream: trio.abc.SendStream) -> None:
+            self.stream, self.held = stream, b""
+
+        async def write(self, data: bytes) -> None:
+            self.held += data.upper()
+
+        async def flush(self) -> None:
+            await self.stream.send_all(self.held)
+
+    class Handler(StreamRequestHandler):
+        wfile: Any
+
+        async def setup(self) -> None:
+            await super().setup()
+            self.wfile = Upper(self.connection)
+
+        async def handle(self) -> None:
+            await self.wfile.write(b"hello")
+
+    near, far = memory_stream_pair()
+    await run_handler(Handler(near, None, None), CLEANUP_TIMEOUT)
+    assert await far.receive_some() == b"HELLO"
+
+
+async def test_a_setup_without_that_of_the_base_is_one_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Handler(StreamRequestHandler):
+        async def setup(self) -> None:
+            self.greeting = b"hello"
+
+        async def handle(self) -> None:
+            await self.wfile.write(self.greeting)
+
+    with pytest.raises(AttributeError, match="wfile"):
+        await run_handler(Handler(None, None, None), CLEANUP_TIMEOUT)
+    assert not caplog.records
+
+
 # -- finish() hides nothing -------------------------------------------------------------
 
 
@@ -822,6 +863,32 @@ def test_asynchronous_phases_that_nobody_would_await_are_refused(
             TypeError, match=rf"HalfPorted\.{phase} .* StreamRequestHandler"
         ):
             handler_kind(wrap(half_ported))
+
+
+async def async_generator(*arguments: Any) -> Any:
+    yield
+
+
+class Generating:
+    async def __call__(self, *arguments: Any) -> Any:
+        yield
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [async_generator, functools.partial(async_generator), Generating()],
+    ids=["bare", "partial", "callable object"],
+)
+def test_an_async_generator_that_nobody_would_run_is_refused(candidate: Any) -> None:
+    with pytest.raises(TypeError, match=r"is an async generator.* do not 'yield'"):
+        handler_kind(candidate)
+
+
+@pytest.mark.parametrize("phase", ["setup", "handle", "finish"])
+def test_phases_that_are_async_generators_are_refused(phase: str) -> None:
+    half_ported = type("HalfPorted", (), {phase: async_generator})
+    with pytest.raises(TypeError, match=rf"HalfPorted\.{phase} .* StreamRequestHandler"):
+        handler_kind(half_ported)
 
 
 @pytest.mark.parametrize("candidate", [None, 42, "module:Handler", Asynchronous(1, 2, 3)])

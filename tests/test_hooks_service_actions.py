@@ -87,13 +87,16 @@ async def test_service_actions_every_poll_interval(
 
 
 @all_servers
+@pytest.mark.parametrize("never", [math.inf, None])
 @bounded
 async def test_service_actions_after_each_request(
-    autojump_clock: Any, server_class: Any, tmp_path: Path
+    autojump_clock: Any, server_class: Any, never: float | None, tmp_path: Path
 ) -> None:
     server = ticking(server_class)(bind_address(server_class, tmp_path), echo_all)
     async with server, trio.open_nursery() as nursery:
-        await nursery.start(functools.partial(server.serve_forever, poll_interval=math.inf))
+        await nursery.start(functools.partial(server.serve_forever, poll_interval=never))
+        await trio.sleep(3600)
+        assert not server.ticks
         for number in range(3):
             assert await ask(server, b"ping", tmp_path) == b"ping"
             await wait_all_tasks_blocked()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import socketserver
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -318,6 +319,23 @@ async def test_inside_of_trio_it_refuses_and_closes():
     with pytest.raises(RuntimeError):
         run(server)
     assert server.fileno() == -1
+
+
+@pytest.mark.parametrize(
+    "server",
+    [NurseryTCPServer, lambda: NurseryTCPServer(LOCAL, _never_called)],
+    ids=["a class", "a function"],
+)
+def test_what_is_no_server_is_refused(server):
+    with pytest.raises(TypeError, match="takes a server of trio_socketserver"):
+        run(server)
+
+
+def test_a_server_of_the_standard_library_is_told_where_to_go():
+    with socketserver.TCPServer(LOCAL, socketserver.BaseRequestHandler) as server:
+        with pytest.raises(TypeError, match=r"trio\.run\(serve_blocking, server\)"):
+            run(server)
+        assert server.fileno() != -1
 
 
 # -- as a script ---------------------------------------------------------------------------

@@ -172,3 +172,10 @@ async def test_a_request_that_ends_the_program_is_bare_whatever_the_body_does(
     server = NurseryTCPServer(LOOPBACK, crash)
     with pose(server, b""), pytest.raises(KeyboardInterrupt, match="from a handler"):
         await use(server)
+
+
+async def test_a_plain_with_says_what_to_write() -> None:
+    async with NurseryTCPServer(LOOPBACK, stuck) as server:
+        match = "'async with' for a NurseryTCPServer"
+        with pytest.raises(TypeError, match=match), server:
+            pass

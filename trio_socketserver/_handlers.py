@@ -148,12 +148,17 @@ class StreamRequestHandler(BaseRequestHandler):
 
         Raises, and is cancelled, as `StreamWriter.flush`; but servers shield it.
         """
-        if self.wfile.pending:
+        if self._may_hold_something():
             await self.wfile.flush()
 
     def _finish_now(self) -> bool:
         """Do what ``finish()`` would do, if ``wfile`` holds nothing."""
-        return self._finishes_as(StreamRequestHandler) and not self.wfile.pending
+        return self._finishes_as(StreamRequestHandler) and not self._may_hold_something()
+
+    def _may_hold_something(self) -> bool:
+        # A setup() of the user's may have put another writer there, or have made none.
+        wfile = getattr(self, "wfile", None)
+        return wfile is not None and getattr(wfile, "pending", True)
 
 
 class DatagramRequestHandler(BaseRequestHandler):
@@ -213,17 +218,23 @@ def handler_kind(candidate: Any) -> HandlerKind:
     """Judge the colour of a handler by what it wraps.
 
     Raises:
-        TypeError: it cannot be called, or it is a class that is no `BaseRequestHandler`
-            but has asynchronous phases, which nothing would await.
+        TypeError: it cannot be called; or it is an async generator, or a class that is no
+            `BaseRequestHandler` but has asynchronous phases, which nothing would run.
     """
     if is_asynchronous(candidate):
         return HandlerKind.ASYNC_FUNCTION
     wrapped = innermost(candidate)
+    if inspect.isasyncgenfunction(wrapped):
+        raise TypeError(
+            f"{wrapped.__qualname__} is an async generator, which nothing would run: "
+            "do not 'yield' in a handler"
+        )
     if inspect.isclass(wrapped):
         if issubclass(wrapped, BaseRequestHandler):
             return HandlerKind.ASYNC_CLASS
         for phase in PHASES:
-            if is_asynchronous(getattr(wrapped, phase, None)):
+            method = getattr(wrapped, phase, None)
+            if is_asynchronous(method) or inspect.isasyncgenfunction(method):
                 raise TypeError(
                     f"{wrapped.__qualname__}.{phase} is 'async def', but the class is not "
                     "derived from trio_socketserver's BaseRequestHandler, "

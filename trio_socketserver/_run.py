@@ -41,8 +41,14 @@ def run(server: BaseServer, *, started: Callable[[], object] | None = None) -> N
             the moment to say so, since who is told may send one.
 
     Raises:
+        TypeError: it is no server of this package.
         BaseException: whatever the server raises.
     """
+    if not isinstance(server, BaseServer):
+        raise TypeError(
+            f"run() takes a server of trio_socketserver, and {server!r} is none "
+            "(for one of socketserver's it is trio.run(serve_blocking, server))"
+        )
     try:
         trio.run(_serve_until_signal, server, started)
     finally:

@@ -21,7 +21,7 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, NoReturn, Self, TypeAlias
 
 import trio
 
@@ -161,6 +161,15 @@ class BaseServer:
         return self._handler_kind
 
     # -- entering and leaving --------------------------------------------------------
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(
+            f"use 'async with' for a {type(self).__qualname__}, not 'with': "
+            "leaving its block waits for the requests"
+        )
+
+    def __exit__(self, *_: object) -> None:  # pragma: no cover
+        """Never called, but without it 'with' does not get to `__enter__()`."""
 
     async def __aenter__(self) -> Self:
         if self._requests is not None:
@@ -317,7 +326,7 @@ class BaseServer:
 
     async def serve_forever(  # noqa: ASYNC128 (_run_loop calls started())
         self,
-        poll_interval: float = 0.5,
+        poll_interval: float | None = 0.5,
         *,
         task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -329,7 +338,8 @@ class BaseServer:
 
         Args:
             poll_interval: seconds between two calls of `service_actions()` at most, if that
-                is overridden; if not, an idle server does not wake up at all.
+                is overridden; if not, an idle server does not wake up at all. None is for
+                calls after requests only.
             task_status: for `trio.Nursery.start`, which returns ``server_address`` when the
                 kernel queues connections.
 
@@ -340,8 +350,12 @@ class BaseServer:
 
         Cancellation: stops accepting. Inside ``async with server:``, requests go on.
         """
-        ticks = self._is_overridden("service_actions")
-        interval = max(poll_interval, 0) if ticks else None
+        if not self._is_overridden("service_actions"):
+            interval = None
+        elif poll_interval is None:
+            interval = math.inf
+        else:
+            interval = max(poll_interval, 0)
         await self._run_loop(functools.partial(self._serve, interval), task_status)
 
     async def handle_request(self) -> None:
