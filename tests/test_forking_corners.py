@@ -19,7 +19,7 @@ import trio
 from helpers import bounded, running
 
 from trio_socketserver import ChildFailed, ForkingTCPServer, _children, _forking, _inherited
-from trio_socketserver._inherited import close_inherited, remember
+from trio_socketserver._inherited import close_inherited, remember, remember_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -137,10 +137,9 @@ def test_a_child_closes_what_it_does_not_keep(monkeypatch: pytest.MonkeyPatch) -
     with_socket.socket = other
     keeping = Server()
     keeping.socket = kept
-    servers: _inherited.References = set()
+    monkeypatch.setattr(_inherited, "servers", {})
     for server in (with_socket, without, keeping):
-        remember(servers, server)
-    monkeypatch.setattr(_inherited, "servers", servers)
+        remember_server(server)
 
     class Connection:
         def held(self) -> list[socket.socket]:

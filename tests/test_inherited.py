@@ -7,6 +7,7 @@ import os
 import socket
 import socketserver
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,6 +71,23 @@ async def test_servers_and_connections_are_closed(connection: StreamSocket) -> N
             assert is_open(server.fileno())
             await server.server_close()
         assert is_open(connection.fileno())
+
+
+@dataclass
+class Comparable(TCPServer):
+    """Servers that are equal, and so cannot be hashed."""
+
+    def __post_init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+
+
+@bounded
+async def test_servers_that_are_equal_are_closed_each() -> None:
+    servers = [Comparable(), Comparable()]
+    assert servers[0] == servers[1]
+    await check_in_child([], *((server.fileno(), False) for server in servers))
+    for server in servers:
+        await server.server_close()
 
 
 @bounded

@@ -349,6 +349,15 @@ async def test_20_a_client_that_has_gone_already_costs_nothing(mixin: type) -> N
         assert await ask_stream(server, b"hello") == b"hello"
 
 
+@bounded
+async def test_a_server_need_not_be_hashable() -> None:
+    server = make(echo, Threading, __eq__=lambda self, other: True)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(server)
+    async with served(server):
+        assert await ask_stream(server, b"hello") == b"hello"
+
+
 # -- 21: threads that are not ours ---------------------------------------------------------
 
 

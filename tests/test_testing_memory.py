@@ -507,6 +507,16 @@ async def test_two_handlers_at_once_need_two_servers() -> None:
     assert server.RequestHandlerClass is echo_all
 
 
+async def test_a_server_need_not_be_hashable() -> None:
+    class Comparable(NurseryTCPServer):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Comparable)
+
+    for server in (Comparable(LOCAL, echo_all), Comparable(LOCAL, echo_all)):
+        assert await converse(receive_and_echo, b"hello", server=server) == b"hello"
+        assert server.RequestHandlerClass is echo_all
+
+
 async def test_requests_in_memory_may_end_in_any_order() -> None:
     server = NurseryTCPServer(LOCAL, echo_all)
     ends = [trio.Event(), trio.Event()]

@@ -6,7 +6,8 @@ package has opened is known here.
 
 It is known by weak references, in a plain set: a `weakref.WeakSet` is written in Python,
 and after each fork every page that its functions touch has to be copied. (A reference is
-equal to another one of the same object, so a new one finds it.)
+equal to another one of the same object, so a new one finds it.) Servers are known by their
+identity, because they are the user's, who may have made them equal and not hashable.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Holder(Protocol):
 connections: Final[References] = set()
 """The connections, each a `Holder`, that servers have accepted, until they are closed."""
 
-servers: Final[References] = set()
-"""The servers; each may have a ``socket``."""
+servers: Final[dict[int, weakref.ref[Any]]] = {}
+"""The servers, by `id()`; each may have a ``socket``."""
 
 
 def remember(references: References, thing: object) -> None:
@@ -44,10 +45,18 @@ def forget(references: References, thing: object) -> None:
     references.discard(weakref.ref(thing))
 
 
+def remember_server(server: object) -> None:
+    """Add a reference to *server*, which goes when it does not live."""
+    identity = id(server)
+    servers[identity] = weakref.ref(server, lambda _: servers.pop(identity, None))
+
+
 def close_inherited(kept: Iterable[socket.socket]) -> None:
     """Close, in a child, what it has inherited of the parent's, except for *kept*."""
     # Copies, because a reference goes when what it refers to does.
-    inherited: list[Any] = [getattr(server(), "socket", None) for server in [*servers]]
+    inherited: list[Any] = [
+        getattr(server(), "socket", None) for server in [*servers.values()]
+    ]
     holders: list[Holder | None] = [connection() for connection in [*connections]]
     for holder in filter(None, holders):
         inherited += holder.held()

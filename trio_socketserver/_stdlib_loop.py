@@ -30,7 +30,7 @@ import trio
 
 from ._accept import AcceptErrors
 from ._generated import generated_class
-from ._inherited import remember, servers
+from ._inherited import remember_server
 from ._log import log, log_error
 from ._sockets import DONTWAIT, SELECTOR
 from ._waking import Waker, waker_of
@@ -153,7 +153,7 @@ class ServingThread:
         with self._waker, self._alarm, self._listener_adopted():
             if _Loop in theirs.__mro__:
                 raise RuntimeError(f"{server!r} is being served already")
-            remember(servers, server)
+            remember_server(server)
             setattr(server, IS_SHUT_DOWN, Stopped(self.wake_loop, self.knock))
             server.__class__ = _adopting_class(theirs, self)
             try:

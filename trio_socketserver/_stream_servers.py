@@ -21,7 +21,7 @@ import trio
 
 from ._blocking_tls import SecureSocket
 from ._handlers import HandlerKind
-from ._inherited import remember, servers
+from ._inherited import remember_server
 from ._log import log
 from ._server import BaseServer, Handler
 from ._sockets import (
@@ -124,7 +124,7 @@ class TCPServer(BaseServer):
             self.ssl_context = ssl_context
         self._check_context()
         self.socket = ListeningSocket(self.address_family, self.socket_type)
-        remember(servers, self)
+        remember_server(self)
         self.socket.setblocking(False)
         if bind_and_activate:
             try:

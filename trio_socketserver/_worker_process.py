@@ -28,7 +28,7 @@ import trio
 from ._children import open_pidfd
 from ._crew import Preparation, patience_of
 from ._groups import open_ungrouped_nursery
-from ._inherited import remember, servers
+from ._inherited import remember_server
 from ._preforking import PreforkingMixIn, means_copy
 from ._sockets import ListeningSocket
 from ._statistics import SharedCounters
@@ -55,7 +55,7 @@ def main() -> None:
         preparation: Preparation = pickle.load(sys.stdin.buffer)
         server = _server_of(preparation, link)
         server.socket = ListeningSocket(fileno=listener)
-        remember(servers, server)
+        remember_server(server)
         server._counters = SharedCounters(mmap.mmap(figures, SharedCounters.SIZE))
         os.close(figures)
         server._link = link

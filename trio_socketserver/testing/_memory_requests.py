@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import trio
 
@@ -89,7 +88,8 @@ class _Lent:
     requests: int = 0
 
 
-_lent: Final[WeakKeyDictionary[BaseServer, _Lent]] = WeakKeyDictionary()
+_lent: Final[dict[int, _Lent]] = {}
+"""By `id()`, since a server need not be hashable."""
 
 
 class Attendance:
@@ -200,10 +200,11 @@ async def entered(server: BaseServer, handler: Handler) -> AsyncGenerator[None]:
     Raises:
         RuntimeError: it has another handler at the moment, for another request in memory.
     """
-    lent = _lent.get(server)
+    lent = _lent.get(id(server))
     if lent is None:
-        lent = _lent[server] = _Lent(handler, server.RequestHandlerClass)
+        lent = _Lent(handler, server.RequestHandlerClass)
         server.RequestHandlerClass = handler
+        _lent[id(server)] = lent
     elif lent.handler is not handler:
         raise RuntimeError(
             f"this server has another handler in memory at the moment, {lent.handler!r}: "
@@ -220,4 +221,4 @@ async def entered(server: BaseServer, handler: Handler) -> AsyncGenerator[None]:
         lent.requests -= 1
         if not lent.requests:
             server.RequestHandlerClass = lent.before
-            del _lent[server]
+            del _lent[id(server)]
