@@ -6,6 +6,8 @@ The numbers are those of the findings about servers in the wild.
 from __future__ import annotations
 
 import contextlib
+import select
+import socket
 import socketserver
 import threading
 from typing import Any
@@ -29,7 +31,7 @@ from blocking_servers import (
     served,
     wait_for,
 )
-from helpers import bounded, receive, receive_to_end
+from helpers import REAL_LIMIT, bounded, receive, receive_to_end
 
 from trio_socketserver import serve_blocking
 
@@ -179,6 +181,62 @@ async def test_12_a_loop_that_does_not_know_shutdown_ends_by_closing() -> None:
     async with served(server) as serving:
         assert await ask_stream(server) == b""
         await serving.stop()
+
+
+@bounded
+async def test_12_a_loop_may_wait_in_a_select_that_nothing_ends() -> None:
+    """Closing a socket does not wake who waits for it in another thread."""
+    ours, theirs = socket.socketpair()
+
+    class Server(socketserver.TCPServer):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while theirs not in select.select([self, theirs], [], [])[0]:
+                self._handle_request_noblock()
+
+    server = make(echo, Server)
+    with ours, theirs:
+        async with served(server) as serving:
+            assert await ask_stream(server, b"one") == b"one"
+            serving.cancel()
+            with trio.move_on_after(REAL_LIMIT / 4):
+                await serving.ended.wait()
+            has_ended = serving.ended.is_set()
+            ours.send(b"x")  # Else a failure would be a test that hangs.
+    assert has_ended
+
+
+@each_in_process
+@bounded
+async def test_12_a_loop_may_wait_in_an_accept_that_nothing_ends(mixin: type) -> None:
+    """The connection that wakes it must not have it wait again before closing comes."""
+    rounds = threading.Semaphore(0)
+    gives_up = threading.Event()
+
+    class Server(mixin, socketserver.TCPServer):  # type: ignore[misc, valid-type]
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while not gives_up.is_set():
+                rounds.release()
+                request, address = self.socket.accept()
+                self.process_request(request, address)
+
+        def server_close(self) -> None:
+            assert rounds.acquire(timeout=REAL_LIMIT)  # The loop has come round.
+            super().server_close()
+
+    server = make(echo, Server)
+    address = server.server_address
+    async with served(server) as serving:
+        assert await ask_stream(server, b"one") == b"one"
+        for _ in range(2):
+            assert await in_thread(rounds.acquire, True, REAL_LIMIT)
+        serving.cancel()
+        with trio.move_on_after(REAL_LIMIT / 4):
+            await serving.ended.wait()
+        has_ended = serving.ended.is_set()
+        gives_up.set()  # Else a failure would be a test that hangs.
+        with contextlib.suppress(OSError):
+            socket.create_connection(address).close()
+    assert has_ended
 
 
 class Requests:

@@ -223,10 +223,23 @@ class ServingThread:
         making it non-blocking would do so for the other process too.)
         """
         if self.accepting:
-            listener = self._server.socket
-            with socket.socket(listener.family, listener.type) as visitor:
-                visitor.setblocking(False)
-                visitor.connect_ex(listener.getsockname())
+            self.knock_at_once()
+
+    def knock_at_once(self) -> None:
+        """Do the same for a loop of its own, which may wait in a select() of its own.
+
+        That one closing does not wake either. What comes round to take the visitor waits
+        for the closing, see `wait_closed`.
+        """
+        listener = getattr(self._server, "socket", None)
+        if not isinstance(listener, socket.socket):
+            return
+        with (
+            contextlib.suppress(OSError),  # It is closed already.
+            socket.socket(listener.family, listener.type) as visitor,
+        ):
+            visitor.setblocking(False)
+            visitor.connect_ex(listener.getsockname())
 
     # -- called in the serving thread ------------------------------------------------
 
@@ -244,6 +257,15 @@ class ServingThread:
         if self.stopping:
             waker.wake()
         return waker
+
+    def wait_closed(self) -> None:
+        """Where nothing is to be taken any more, wait until nothing can be.
+
+        A loop that goes on after ``shutdown()`` would else be waiting for a request again
+        when the socket is closed, which does not wake it.
+        """
+        if self.stopping and self.told.is_set():
+            self.closed.wait()
 
     def accepted(self, connection: socket.socket) -> None:
         """Take note of what the listening socket has accepted, if get_request() waits."""
@@ -483,6 +505,8 @@ def _listener_class(theirs: type[socket.socket], serving: ServingThread) -> type
         __slots__ = ()
 
         def accept(self) -> tuple[socket.socket, Any]:
+            if self.gettimeout() is None:  # Else it comes round by itself.
+                serving.wait_closed()
             serving.accepting = True
             try:
                 connection, address = super().accept()

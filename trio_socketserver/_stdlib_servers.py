@@ -304,7 +304,7 @@ class _Serving:
                 lambda: self._loop_ended or not self.thread.handling, math.inf
             )
             if not self._loop_ended:
-                self.thread.knock()
+                self.thread.knock_at_once()
                 await self._close()
 
     def _note_idle(self) -> None:
