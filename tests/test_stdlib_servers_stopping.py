@@ -223,6 +223,26 @@ async def test_6_a_handler_may_shut_down_by_an_override() -> None:
         await serving.ended.wait()
 
 
+@each_in_process
+@pytest.mark.parametrize("daemon_threads", [False, True], ids=["joined", "daemon"])
+@bounded
+async def test_6_a_handler_may_shut_down_and_close(
+    mixin: type, daemon_threads: bool
+) -> None:
+    """It does not wait for itself. (The library's fails there, or does not wait either.)"""
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        server.shutdown()
+        server.server_close()
+        request.sendall(b"closed")
+
+    server = make(handler, mixin, daemon_threads=daemon_threads)
+    async with served(server, closes=2) as serving:
+        assert await ask_stream(server) == b"closed"
+        await serving.ended.wait()
+        assert not serving.cancelled
+
+
 @bounded
 async def test_6_closing_before_shutting_down_stops_too() -> None:
     """In the wrong order, as many programs do."""

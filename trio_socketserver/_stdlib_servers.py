@@ -16,7 +16,6 @@ Cancelling ends it in steps, each of which is bounded:
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import math
@@ -24,6 +23,7 @@ import os
 import signal
 import socket
 import socketserver
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -117,11 +117,10 @@ class _Serving:
         self.thread = ServingThread(
             server,
             self._hand_on,
-            functools.partial(
-                trio.from_thread.run, self._join_requests, trio_token=self._token
-            ),
+            self._join_from_thread,
             self._note_idle,
         )
+        self._this_thread = threading.local()
         self._jobs: set[Job] = set()
         self._requests: dict[trio.CancelScope, Job | None] = {}
         self._cancels_requests = False
@@ -218,9 +217,13 @@ class _Serving:
         self, scope: trio.CancelScope, request: Any, client_address: Any
     ) -> None:
         def process() -> None:
-            with self.thread.contained(client_address):
-                if self.thread.secures(request):
-                    self._server.process_request_thread(request, client_address)
+            self._this_thread.is_a_request_s = True
+            try:
+                with self.thread.contained(client_address):
+                    if self.thread.secures(request):
+                        self._server.process_request_thread(request, client_address)
+            finally:
+                del self._this_thread.is_a_request_s
 
         waker = None
         try:
@@ -245,6 +248,15 @@ class _Serving:
         self._cancels_requests = True
         for scope in self._requests:
             scope.cancel()
+
+    def _join_from_thread(self) -> None:
+        """Wait for the requests; called in any thread.
+
+        In that of a request, which calls `server_close()`, it would wait for itself. The
+        standard library's does not wait there either, or fails.
+        """
+        if not hasattr(self._this_thread, "is_a_request_s"):
+            trio.from_thread.run(self._join_requests, trio_token=self._token)
 
     async def _join_requests(self) -> None:
         """Wait until no request is left; those that nobody would wait for are cancelled."""
