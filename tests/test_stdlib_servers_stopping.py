@@ -243,6 +243,15 @@ async def test_6_a_handler_may_shut_down_and_close(
         assert not serving.cancelled
 
 
+@pytest.mark.parametrize("value", [3, ["no number"]], ids=["a number", "others"])
+@bounded
+async def test_7_an_attribute_may_be_called_as_that_of_children(value: Any) -> None:
+    """A server that does not fork may mean anything by it."""
+    server = make(park, Threading, active_children=value)
+    async with served(server) as serving, parked_client(server):
+        await serving.stop()
+
+
 @bounded
 async def test_6_closing_before_shutting_down_stops_too() -> None:
     """In the wrong order, as many programs do."""

@@ -24,7 +24,7 @@ import signal
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final
 
 import trio
@@ -291,12 +291,15 @@ class _Serving:
 
     async def _go_on_stopping(self) -> None:
         with trio.CancelScope(shield=True):  # Each step of it is bounded.
-            self._signal_children("SIGTERM")
-            if self._calls_shutdown:
-                with trio.move_on_after(SHUTDOWN_TIMEOUT):
-                    await self._call_shutdown()
-            self.thread.told.set()
-            self._note_progress()
+            try:
+                self._signal_children("SIGTERM")
+                if self._calls_shutdown:
+                    with trio.move_on_after(SHUTDOWN_TIMEOUT):
+                        await self._call_shutdown()
+            finally:
+                # Whatever has failed: others wait for it.
+                self.thread.told.set()
+                self._note_progress()
             await self._wait_until(lambda: self._loop_ended, LOOP_GRACE)
             self._signal_children("SIGTERM")  # The loop may have been about to fork.
             self._nursery.start_soon(self._end_own_loop)
@@ -341,7 +344,11 @@ class _Serving:
             log_error(error, "shutdown() of %r failed", self._server)
 
     def _signal_children(self, name: str) -> None:
-        for pid in list(getattr(self._server, "active_children", None) or ()):
+        children = getattr(self._server, "active_children", None)
+        # Who derives from no ForkingMixIn may mean anything by this name.
+        for pid in list(children) if isinstance(children, Collection) else ():
+            if not isinstance(pid, int):
+                continue
             try:
                 # Ours still, running or not yet waited for, so the number is no other's.
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
