@@ -239,6 +239,84 @@ async def test_12_a_loop_may_wait_in_an_accept_that_nothing_ends(mixin: type) ->
     assert has_ended
 
 
+def send_back(request: Any, client_address: Any, server: Any) -> None:
+    """Handle a datagram by replying with it."""
+    data, replies = request
+    replies.sendto(data, client_address)
+
+
+@each_end
+@each_in_process
+@bounded
+async def test_12_a_loop_may_wait_for_a_datagram(mixin: type, end: str) -> None:
+    """It takes them by get_request(), which waits, and asks nobody before."""
+
+    class Server(mixin, socketserver.UDPServer):  # type: ignore[misc, valid-type]
+        stopped = False
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while not self.stopped:
+                request, address = self.get_request()
+                self.process_request(request, address)
+
+        def shutdown(self) -> None:
+            self.stopped = True
+            with udp_socket() as client:
+                client.sendto(b"", self.server_address)
+
+    server = make(send_back, Server)
+    async with served(server, changes=["stopped"]) as serving:
+        with udp_socket() as client:
+            client.sendto(b"hello", server.server_address)
+            assert await in_thread(client.recv, 10) == b"hello"
+        await getattr(serving, end)()
+
+
+@pytest.mark.parametrize("selects", [True, False], ids=["select", "recvfrom"])
+@each_in_process
+@bounded
+async def test_12_a_loop_that_waits_for_a_datagram_ends_by_closing(
+    mixin: type, selects: bool
+) -> None:
+    handled = []
+    ours, theirs = socket.socketpair()
+
+    class Server(mixin, socketserver.UDPServer):  # type: ignore[misc, valid-type]
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while selects:
+                if theirs in select.select([self, theirs], [], [])[0]:
+                    return
+                self._handle_request_noblock()
+            while True:
+                request, address = self.get_request()
+                self.process_request(request, address)
+
+    def handler(request: Any, client_address: Any, server: Any) -> None:
+        handled.append(request[0])
+        send_back(request, client_address, server)
+
+    server = make(handler, Server)
+    with ours, theirs:
+        async with served(server) as serving:
+            with udp_socket() as client:
+                client.sendto(b"hello", server.server_address)
+                assert await in_thread(client.recv, 10) == b"hello"
+            serving.cancel()
+            with trio.move_on_after(REAL_LIMIT / 4):
+                await serving.ended.wait()
+            has_ended = serving.ended.is_set()
+            ours.send(b"x")  # Else a failure would be a test that hangs.
+    assert has_ended
+    assert handled == [b"hello"]
+
+
+def udp_socket() -> socket.socket:
+    """Return a plain socket for datagrams."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(REAL_LIMIT)
+    return sock
+
+
 class Requests:
     """A mix-in: handles requests until an attribute says otherwise."""
 

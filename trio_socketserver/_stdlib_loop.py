@@ -113,6 +113,8 @@ class ServingThread:
         stopping: whether the server has been told to stop, by cancellation.
         handling: whether the serving thread handles a request itself.
         accepting: whether it is about to accept a connection.
+        has_asked: whether it takes a request that a select() of ours, or of a loop that
+            calls ours, has found.
         told: set when the server's own ``shutdown()`` has returned.
         closed: set when its ``server_close()`` has.
     """
@@ -140,6 +142,7 @@ class ServingThread:
         self.stopping = False
         self.handling = False
         self.accepting = False
+        self.has_asked = False
         self.told = threading.Event()
         self.closed = threading.Event()
 
@@ -240,6 +243,8 @@ class ServingThread:
         ):
             visitor.setblocking(False)
             visitor.connect_ex(listener.getsockname())
+            if listener.type == socket.SOCK_DGRAM:
+                visitor.send(b"")
 
     # -- called in the serving thread ------------------------------------------------
 
@@ -258,14 +263,16 @@ class ServingThread:
             waker.wake()
         return waker
 
-    def wait_closed(self) -> None:
+    def wait_closed(self) -> bool:
         """Where nothing is to be taken any more, wait until nothing can be.
 
         A loop that goes on after ``shutdown()`` would else be waiting for a request again
         when the socket is closed, which does not wake it.
+
+        Returns:
+            Whether that is so.
         """
-        if self.stopping and self.told.is_set():
-            self.closed.wait()
+        return self.stopping and self.told.is_set() and self.closed.wait()
 
     def accepted(self, connection: socket.socket) -> None:
         """Take note of what the listening socket has accepted, if get_request() waits."""
@@ -360,6 +367,7 @@ class ServingThread:
         `Exception`, ends the server and leaves the connection open.
         """
         server = self._server
+        self.has_asked = True
         try:
             request, client_address = server.get_request()
         except OSError as error:
@@ -370,6 +378,8 @@ class ServingThread:
         except BaseException:
             self._release_accepted()
             raise
+        finally:
+            self.has_asked = False
         self._errors.succeeded()
         waker = self._claim(request)
         self.handling = True
@@ -466,9 +476,19 @@ class _Threads(socketserver.ThreadingMixIn):
 class _Datagrams(socketserver.UDPServer):
     """What replaces the datagram servers' receiving."""
 
+    _serving: ClassVar[ServingThread]
+
     def get_request(self) -> Any:
-        # What made the socket readable may be gone: taken by who shares it, or damaged.
-        data, client_address = self.socket.recvfrom(self.max_packet_size, DONTWAIT)
+        size, serving = self.max_packet_size, self._serving
+        if serving.has_asked:
+            serving.wait_closed()
+            # What made the socket readable may be gone: taken by who shares it, or damaged.
+            data, client_address = self.socket.recvfrom(size, DONTWAIT)
+            return (data, self.socket), client_address
+        # A loop of its own waits here.
+        data, client_address = self.socket.recvfrom(size)
+        if serving.wait_closed():
+            data, client_address = self.socket.recvfrom(size)  # Which is an error now.
         return (data, self.socket), client_address
 
 
