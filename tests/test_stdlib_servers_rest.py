@@ -358,6 +358,24 @@ async def test_a_server_need_not_be_hashable() -> None:
         assert await ask_stream(server, b"hello") == b"hello"
 
 
+@bounded
+async def test_a_class_that_cannot_be_derived_from_is_left_as_it_was() -> None:
+    class Final(type):
+        def __new__(cls, name: str, bases: tuple[type, ...], namespace: Any) -> Any:
+            if any(isinstance(base, Final) for base in bases):
+                raise TypeError("final")
+            return super().__new__(cls, name, bases, namespace)
+
+    class Server(socketserver.TCPServer, metaclass=Final):
+        pass
+
+    with Server(("127.0.0.1", 0), echo) as server:
+        before = dict(vars(server))
+        with pytest.raises(TypeError, match="final"):
+            await serve_blocking(server)
+        assert vars(server) == before
+
+
 # -- 21: threads that are not ours ---------------------------------------------------------
 
 

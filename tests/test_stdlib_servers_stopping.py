@@ -102,6 +102,28 @@ async def test_6_any_thread_may_shut_the_server_down(mixin: type) -> None:
         assert is_refused(server.server_address)
 
 
+@each_in_process
+@bounded
+async def test_6_in_trio_s_thread_shutdown_does_not_wait_for_who_waits_for_trio(
+    mixin: type,
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def handler(request: socket.socket, client_address: Any, server: Any) -> None:
+        reached.set()
+        wait_for(go_on)
+        request.sendall(trio.from_thread.run_sync(lambda: b"from trio"))
+
+    server = make(handler, Unpolled, mixin)
+    async with served(server) as serving, client_of(server) as client:
+        await happens(reached)
+        server.shutdown()  # As a signal handler would.
+        go_on.set()
+        assert await receive_to_end(client) == b"from trio"
+        await serving.ended.wait()
+        assert not serving.cancelled
+
+
 @each_dispatcher
 @bounded
 async def test_6_shutdown_before_serving_is_remembered(mixin: type) -> None:

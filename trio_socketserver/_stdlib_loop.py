@@ -52,6 +52,8 @@ KNOCK_AFTER: Final = 0.1
 class Stopped:
     """The base class's event "no loop runs"; it has what is used of a `threading.Event`.
 
+    It is made in trio's thread.
+
     Args:
         wake_loop: makes the loop look whether it is to stop.
         knock: makes it return from ``accept()``.
@@ -62,6 +64,7 @@ class Stopped:
     ) -> None:
         self._wake_loop = wake_loop
         self._knock = knock
+        self._trio_thread = threading.get_ident()
         self._changed = threading.Condition()
         self._running_in: int | None = None
         self._ended = 0
@@ -85,6 +88,9 @@ class Stopped:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the loop that runs has ended, unless it is what calls.
 
+        In trio's thread, where a signal handler may call ``shutdown()``, the loop is only
+        told to end: what handles a request may wait for trio.
+
         Returns:
             Whether it has. (The next may have begun at once.)
         """
@@ -93,6 +99,9 @@ class Stopped:
                 return self._running_in is None
             before = self._ended
             self._wake_loop()
+            if threading.get_ident() == self._trio_thread:
+                self._knock()
+                return False
             if timeout is not None:
                 return self._changed.wait_for(lambda: self._ended > before, timeout)
             if not self._changed.wait_for(lambda: self._ended > before, KNOCK_AFTER):
@@ -157,9 +166,10 @@ class ServingThread:
             if _Loop in theirs.__mro__:
                 raise RuntimeError(f"{server!r} is being served already")
             remember_server(server)
-            setattr(server, IS_SHUT_DOWN, Stopped(self.wake_loop, self.knock))
-            server.__class__ = _adopting_class(theirs, self)
+            ours = _adopting_class(theirs, self)
             try:
+                setattr(server, IS_SHUT_DOWN, Stopped(self.wake_loop, self.knock))
+                server.__class__ = ours
                 yield
             finally:
                 server.__class__ = theirs

@@ -76,6 +76,7 @@ async def serve_blocking(  # noqa: ASYNC128 (_Serving.serve() calls started())
     honoured; what they call by ``super()`` is ours.
 
     ``server.shutdown()`` ends it, from any thread or handler, and does not deadlock there.
+    (In trio's own thread, by a signal handler say, it does not wait for the loop's end.)
     Then requests are joined; if ``block_on_close`` is false or ``daemon_threads`` true,
     they have a quarter of a second before they are cancelled, for the answer of the one
     that has called it. ``server_close()`` is called at the end.
@@ -120,7 +121,7 @@ class _Serving:
             self._join_from_thread,
             self._note_idle,
         )
-        self._this_thread = threading.local()
+        self._request_threads: set[int] = set()
         self._jobs: set[Job] = set()
         self._requests: dict[trio.CancelScope, Job | None] = {}
         self._cancels_requests = False
@@ -217,13 +218,13 @@ class _Serving:
         self, scope: trio.CancelScope, request: Any, client_address: Any
     ) -> None:
         def process() -> None:
-            self._this_thread.is_a_request_s = True
+            self._request_threads.add(threading.get_ident())
             try:
                 with self.thread.contained(client_address):
                     if self.thread.secures(request):
                         self._server.process_request_thread(request, client_address)
             finally:
-                del self._this_thread.is_a_request_s
+                self._request_threads.discard(threading.get_ident())
 
         waker = None
         try:
@@ -255,7 +256,7 @@ class _Serving:
         In that of a request, which calls `server_close()`, it would wait for itself. The
         standard library's does not wait there either, or fails.
         """
-        if not hasattr(self._this_thread, "is_a_request_s"):
+        if threading.get_ident() not in self._request_threads:
             trio.from_thread.run(self._join_requests, trio_token=self._token)
 
     async def _join_requests(self) -> None:
