@@ -11,7 +11,7 @@ import socket
 import socketserver
 import stat
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -840,11 +840,14 @@ async def test_a_relative_path_survives_a_change_of_folder(
 
 
 @each_unix_server
+@pytest.mark.parametrize("form", [os.fsencode, Path])
 @bounded
-async def test_a_path_of_bytes(server_class: type[Any], tmp_path: Path) -> None:
+async def test_a_path_of_bytes_or_an_object(
+    server_class: type[Any], form: Callable[[Path], Any], tmp_path: Path
+) -> None:
     path = tmp_path / "socket"
     make_stale(path)
-    async with server_class(os.fsencode(path), BaseRequestHandler) as server:
+    async with server_class(form(path), BaseRequestHandler) as server:
         assert os.fsencode(server.server_address) == os.fsencode(path)
         assert path.exists()
     assert not path.exists()

@@ -150,7 +150,8 @@ if hasattr(socketlib, "AF_UNIX"):
         wants a reply must bind its own socket to a name.
 
         Args:
-            server_address: a path, or an abstract name that begins with a zero byte.
+            server_address: a path, a `pathlib.Path` too, or an abstract name that begins
+                with a zero byte.
             RequestHandlerClass: the handler, see `BaseServer`.
             bind_and_activate: see `TCPServer`.
         """

@@ -346,6 +346,8 @@ if hasattr(socketlib, "AF_UNIX"):
                 ValueError: the path has a zero byte in it.
             """
             path = self.server_address
+            if isinstance(path, os.PathLike):
+                path = os.fspath(path)
             if _is_path(path) and 0 in os.fsencode(path):
                 # The system would take it for the path's end, and bind another one.
                 raise ValueError(f"the path of a socket has a zero byte in it: {path!r}")
@@ -394,7 +396,8 @@ if hasattr(socketlib, "AF_UNIX"):
         As `socketserver.UnixStreamServer`, plus care for the socket's file.
 
         Args:
-            server_address: a path, or an abstract name that begins with a zero byte.
+            server_address: a path, a `pathlib.Path` too, or an abstract name that begins
+                with a zero byte.
             RequestHandlerClass: the handler, see `BaseServer`.
             bind_and_activate: see `TCPServer`.
         """
