@@ -207,9 +207,9 @@ async def test_a_hook_may_close_the_server_and_fail() -> None:
             raise OSError("closed")
 
     server = make(echo, Server)
-    async with trio.open_nursery() as nursery:
-        address = await nursery.start(serve_blocking, server)
-        await in_thread(lambda: socket.create_connection(address).close())
+    # Connected before it serves: what closes a listener resets who is connecting.
+    async with client_of(server):
+        await serve_blocking(server)
 
 
 @bounded

@@ -385,17 +385,12 @@ async def test_12_errors_of_the_loop_are_raised_as_they_are(
 
     server = make(echo, Threading, **{hook: fail})
     with given_back(server):
-        async with trio.open_nursery() as nursery:
-
-            @nursery.start_soon
-            async def serve() -> None:
-                with pytest.raises(error) as caught:
-                    await serve_blocking(server)
-                assert caught.value is raised
-                nursery.cancel_scope.cancel()
-
-            with contextlib.suppress(OSError):  # The loop turns when a request has come.
-                await ask_stream(server)
+        # Connected before it serves: what closes a listener resets who is connecting.
+        async with client_of(server) as client:  # The loop turns when a request has come.
+            with pytest.raises(error) as caught:
+                await serve_blocking(server)
+            assert caught.value is raised
+            await receive_to_end(client)
 
 
 # -- 13: service_actions() -----------------------------------------------------------------
