@@ -534,8 +534,7 @@ def test_an_abandoned_thread_outlives_the_run(tmp_path: Path) -> None:
         with clients[0] as client:
             assert client.recv(1) == b""
             awake.set()
-            while thread in workers():
-                time.sleep(0.001)
+            trio.run(ends, thread)
     assert server.notes == [True]
     assert sockets[0].fileno() == -1
 
@@ -575,8 +574,7 @@ def test_an_abandoned_thread_with_a_datagram(
 
     with Release(server) as awake:
         trio.run(main)
-    while set(threads) & set(workers()):
-        time.sleep(0.001)
+    trio.run(ends, *threads)
     assert server.notes == [True]
     assert views[0].fileno() == -1
 
