@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import socketserver
-import statistics
 import subprocess
 import sys
 import threading
@@ -478,8 +477,9 @@ async def test_8_cancelling_takes_no_time(
     figures = " ".join(f"{1000 * value:.1f}" for value in sorted(seconds))
     with capsys.disabled():
         print(f" [{mixin.__name__}, {state}: {figures} ms]", end="")
-    # 50 ms are promised and socketserver takes up to 500; the machine may be busy.
-    assert statistics.median(seconds) < 0.25
+    # 50 ms are promised and socketserver takes up to 500; the machine may be busy, but not
+    # each time.
+    assert min(seconds) < 0.25
 
 
 @each_dispatcher
