@@ -514,7 +514,7 @@ def test_an_abandoned_thread_outlives_the_run(tmp_path: Path) -> None:
         def handle(self) -> None:
             sockets.append(self.request)
             begun.set()
-            assert self.server.awake.wait(20)
+            assert self.server.awake.wait(REAL_LIMIT)
             self.server.notes.append(self.request.fileno() != -1)
 
     server = make(
@@ -522,7 +522,7 @@ def test_an_abandoned_thread_outlives_the_run(tmp_path: Path) -> None:
     )
 
     async def main() -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(REAL_LIMIT):
             async with serving(server):
                 clients.append(connect(server.server_address))
                 await happens(begun)

@@ -266,7 +266,7 @@ def test_what_to_type_for_a_server_of_pages(tmp_path):
         )
         assert shown.stdout == "hello"
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(REAL_LIMIT) == 0
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ async def test_the_line_to_try_works(bind, udp, tmp_path, monkeypatch):
     server: Any = _cli_server.make_server(
         _cli_arguments.make_parser().parse_args(arguments)
     )
-    with trio.fail_after(20):
+    with trio.fail_after(REAL_LIMIT):
         async with server, trio.open_nursery() as nursery:
             await nursery.start(server.serve_forever)
             tried = await trio.run_process(
@@ -480,7 +480,7 @@ async def test_tls_and_the_line_to_try(tmp_path, certificate, where, pages):
     server: Any = _cli_server.make_server(
         _cli_arguments.make_parser().parse_args(arguments)
     )
-    with trio.fail_after(20):
+    with trio.fail_after(REAL_LIMIT):
         async with server, trio.open_nursery() as nursery:
             await nursery.start(server.serve_forever)
             line = _cli_output.try_it(server)

@@ -75,7 +75,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.rst"))]
 
-LIMIT = 20
+LIMIT = 60
 """Seconds to wait for a program that hangs."""
 
 WORDS = {1: "one", 5: "five", 10: "ten"}

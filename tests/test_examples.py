@@ -35,6 +35,7 @@ import trio
 import trio.testing
 import trustme
 from helpers import (
+    REAL_LIMIT,
     close_with_reset,
     connect,
     is_refused,
@@ -143,7 +144,12 @@ def answers(name: str, address: tuple[str, int]) -> list[str]:
     """Run the Python commands in an example's docstring; return what they print."""
     return [
         subprocess.run(
-            command, shell=True, capture_output=True, check=True, text=True, timeout=20
+            command,
+            shell=True,
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=REAL_LIMIT,
         ).stdout
         for command in tried_commands(name, address)
     ]
@@ -307,7 +313,9 @@ def test_syslog_collector_and_the_logger_program():
     with example("syslog_collector.py", "0") as process:
         host, port = printed_address(line_of(process))
         command = ["logger", "--udp", "--server", host, "--port", str(port)]
-        subprocess.run([*command, "-p", "mail.err", "no route"], check=True, timeout=20)
+        subprocess.run(
+            [*command, "-p", "mail.err", "no route"], check=True, timeout=REAL_LIMIT
+        )
         assert re.fullmatch(r"127\.0\.0\.1 err: .*no route\n", line_of(process))
         assert end(process, signal.SIGINT) == "1 err\n"
 
@@ -357,7 +365,7 @@ def test_several_servers_share_the_votes(number, tmp_path):
                 by_line.say(choice)
                 assert by_line.hear() == b"thank you"
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as by_datagram:
-                by_datagram.settimeout(5)
+                by_datagram.settimeout(REAL_LIMIT)
                 by_datagram.sendto(b"tea\n", addresses["NurseryUDPServer"])
                 assert by_datagram.recv(100) == b"thank you\n"
             assert result() == b"3 tea\n1 coffee\n"
@@ -625,7 +633,9 @@ def test_whole_server(number):
         assert answers("whole_server.py", address) == ["b'you are number 1\\n'\n"]
         with Client(address) as silent:
             host, port = address
-            with urllib.request.urlopen(f"http://{host}:{port}/", timeout=5) as response:
+            with urllib.request.urlopen(
+                f"http://{host}:{port}/", timeout=REAL_LIMIT
+            ) as response:
                 assert response.read() == b"you are number 2\n"
             process.send_signal(number)
             assert silent.hear() == b""
@@ -897,7 +907,11 @@ def has_openssl() -> bool:
     if shutil.which("openssl") is None:
         return False
     version = subprocess.run(
-        ["openssl", "version"], capture_output=True, check=True, text=True, timeout=20
+        ["openssl", "version"],
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=REAL_LIMIT,
     ).stdout
     return version.startswith("OpenSSL ") and version[8:10] not in ("0.", "1.")
 
@@ -914,7 +928,11 @@ def make_certificates(name: str, folder: Path) -> None:
     assert commands
     for command in commands:
         subprocess.run(
-            ["sh", "-ec", command], cwd=folder, check=True, capture_output=True, timeout=60
+            ["sh", "-ec", command],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            timeout=REAL_LIMIT,
         )
 
 
@@ -928,7 +946,7 @@ def s_client(address: tuple[str, int], *options: str) -> Iterator[Any]:
         stderr=subprocess.DEVNULL,
         bufsize=0,
     ) as process:
-        watchdog = threading.Timer(20, process.kill)
+        watchdog = threading.Timer(REAL_LIMIT, process.kill)
         watchdog.start()
         try:
             yield process.stdin, process.stdout
@@ -961,7 +979,7 @@ class Proxied:
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.stack = stack
         self.listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self.listener.settimeout(20)
+        self.listener.settimeout(REAL_LIMIT)
         port = self.listener.getsockname()[1]
         self.process = stack.enter_context(example("proxy.py", "127.0.0.1", str(port), "0"))
         self.address = printed_address(line_of(self.process))
@@ -970,7 +988,7 @@ class Proxied:
         """Return both ends of a new connection: the client's, and the server's."""
         client = self.stack.enter_context(connect(self.address))
         server = self.stack.enter_context(self.listener.accept()[0])
-        server.settimeout(20)
+        server.settimeout(REAL_LIMIT)
         return client, server
 
     def end(self) -> tuple[str, dict[str, int]]:
@@ -1183,7 +1201,7 @@ def test_client_certificates_with_the_commands_it_names(tmp_path):
 def scraped(address: tuple[str, int]) -> dict[str, float]:
     """Ask for the metrics; return the echo server's, by name and perhaps outcome."""
     parser = pytest.importorskip("prometheus_client.parser")
-    connection = http.client.HTTPConnection(*address, timeout=20)
+    connection = http.client.HTTPConnection(*address, timeout=REAL_LIMIT)
     try:
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
@@ -1299,7 +1317,7 @@ def test_systemd_understands_the_units(tmp_path):
         ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=REAL_LIMIT,
     )
     assert "echo." not in done.stdout + done.stderr
     assert done.returncode == 0

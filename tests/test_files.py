@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import Moments, clog, close_with_reset, connected, read_all
+from helpers import REAL_LIMIT, Moments, clog, close_with_reset, connected, read_all
 from trio.testing import (
     MemoryReceiveStream,
     assert_checkpoints,
@@ -239,11 +239,11 @@ async def test_large_reads_over_a_real_connection() -> None:
     data = random.Random(4).randbytes(600_000)
 
     def send(peer: socket.socket) -> None:
-        peer.settimeout(5)
+        peer.settimeout(REAL_LIMIT)
         peer.sendall(data)
         peer.shutdown(socket.SHUT_WR)
 
-    with connected("tcp") as (ours, theirs), trio.fail_after(5):
+    with connected("tcp") as (ours, theirs), trio.fail_after(REAL_LIMIT):
         reader = StreamReader(StreamSocket(ours))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, send, theirs)
@@ -544,7 +544,7 @@ UNBUFFERED: dict[str, tuple[Callable[[StreamReader], Awaitable[object]], bytes]]
 async def test_an_unbuffered_reader_never_reads_ahead(name: str) -> None:
     read, rest = UNBUFFERED[name]
     data = b"1\nl2\nrest" if name != "peek" else b"x1\nl2\nrest"
-    with connected("unix") as (ours, theirs), trio.fail_after(5):
+    with connected("unix") as (ours, theirs), trio.fail_after(REAL_LIMIT):
         theirs.send(data)
         await read(StreamReader(StreamSocket(ours), buffer_size=0))
         assert read_all(ours) == rest
@@ -642,7 +642,7 @@ async def test_cancelling_loses_no_byte(
 
     ways_out: set[bool] = set()
     cancel_at = 0
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         while await cancelled_at(cancel_at):
             cancel_at += 1
     assert ways_out == {True, False}
@@ -702,7 +702,7 @@ async def test_iteration_lets_others_run_now_and_then(
     kind: str, pieces: list[bytes]
 ) -> None:
     turns = Turns()
-    with stream_of(kind, pieces) as stream, trio.fail_after(5):
+    with stream_of(kind, pieces) as stream, trio.fail_after(REAL_LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(turns)
             assert len([line async for line in StreamReader(stream, drain=Drain())]) == 320
@@ -715,7 +715,7 @@ async def test_iteration_lets_others_run_now_and_then(
 async def test_a_long_line_lets_others_run(read: str, buffer_size: int) -> None:
     turns = Turns()
     line = b"x" * 4999 + b"\n"
-    with connected("unix") as (ours, theirs), trio.fail_after(5):
+    with connected("unix") as (ours, theirs), trio.fail_after(REAL_LIMIT):
         theirs.sendall(line)
         theirs.close()
         reader = StreamReader(StreamSocket(ours), buffer_size=buffer_size, drain=Drain())
@@ -973,7 +973,7 @@ async def test_a_cancelled_flush_drops_what_it_held() -> None:
         clog(ours)
         writer = StreamWriter(StreamSocket(ours), buffer_size=100)
         await writer.write(b"too late")
-        with trio.fail_after(5), trio.CancelScope() as scope:
+        with trio.fail_after(REAL_LIMIT), trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(writer.flush)
                 await wait_all_tasks_blocked()

@@ -21,6 +21,7 @@ import pytest
 import trio
 import trio.testing
 from helpers import (
+    REAL_LIMIT,
     ask,
     assert_sums_up,
     bind_address,
@@ -1109,7 +1110,7 @@ def test_ctrl_c_between_fork_and_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
     server = Keeps(OldSleeper)
 
     async def main() -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(REAL_LIMIT):
             async with server:
                 with connect(server.server_address):
                     await server.serve_forever()

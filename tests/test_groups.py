@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from helpers import REAL_LIMIT
 from trio.testing import wait_all_tasks_blocked
 
 from trio_socketserver._groups import only_cancelled, open_ungrouped_nursery, ungrouped
@@ -159,7 +160,7 @@ async def test_a_tasks_error_is_raised_bare(error: BaseException) -> None:
             cancelled.append(True)
             raise
 
-    with trio.fail_after(5), pytest.raises(type(error)) as caught:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(type(error)) as caught:
         await in_nursery(wait, crash(error), wait)
     assert caught.value is error
     assert cancelled == [True, True]
@@ -194,7 +195,7 @@ async def test_several_errors_are_a_group() -> None:
         await wait_all_tasks_blocked()
         raise ours
 
-    with trio.fail_after(5), pytest.raises(ExceptionGroup) as caught:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(ExceptionGroup) as caught:
         await in_nursery(body, crash_when_cancelled(theirs))
     assert set(caught.value.exceptions) == {ours, theirs}
 
@@ -207,7 +208,7 @@ async def test_nested_nurseries_give_one_bare_error() -> None:
             nursery.start_soon(trio.sleep_forever)
             await in_nursery(trio.sleep_forever, crash(error))
 
-    with trio.fail_after(5), pytest.raises(ExceptionGroup) as caught:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(ExceptionGroup) as caught:
         await in_nursery(users_own_nursery)
     # The user's own nursery has made this group, and the user expects it.
     assert caught.value.exceptions == (error,)
@@ -242,7 +243,7 @@ def test_cancelling_the_nurserys_own_scope_ends_it() -> None:
         scope.cancel()
 
     async def main() -> None:
-        with trio.fail_after(5):
+        with trio.fail_after(REAL_LIMIT):
             async with open_ungrouped_nursery() as nursery:
                 nursery.start_soon(trio.sleep_forever)
                 nursery.start_soon(cancel, nursery.cancel_scope)
@@ -271,7 +272,7 @@ async def test_no_cancellation_of_the_nurserys_own_leaks_out() -> None:
         await wait_all_tasks_blocked()
         raise KeyError
 
-    with trio.fail_after(5), pytest.raises(ExceptionGroup) as caught:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(ExceptionGroup) as caught:
         await in_nursery(body, fail)
     assert leaves(caught.value) == {ValueError, KeyError}
 
@@ -287,7 +288,7 @@ async def idle_nursery() -> None:
 async def test_a_tasks_error_is_raised_bare_whatever_the_body_does(
     error: BaseException,
 ) -> None:
-    with trio.fail_after(5), pytest.raises(type(error)) as caught:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(type(error)) as caught:
         await in_nursery(idle_nursery, crash(error), idle_nursery)
     assert caught.value is error
 
@@ -303,7 +304,7 @@ async def test_the_bodys_group_beside_a_cancellation_stays_a_group() -> None:
             scope.cancel()
 
     scope = trio.CancelScope()
-    with trio.fail_after(5), pytest.raises(ExceptionGroup) as caught, scope:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(ExceptionGroup) as caught, scope:
         await in_nursery(body)
     # It is the group that the user's own nursery makes.
     assert caught.value.exceptions == (error,)
@@ -318,6 +319,6 @@ async def test_a_cancellation_from_outside_reaches_its_scope_through_a_group() -
             scope.cancel()
 
     scope = trio.CancelScope()
-    with trio.fail_after(5), pytest.raises(ExceptionGroup) as caught, scope:
+    with trio.fail_after(REAL_LIMIT), pytest.raises(ExceptionGroup) as caught, scope:
         await in_nursery(body)
     assert leaves(caught.value) == {ValueError}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import STREAM_KINDS, ask, clog, connected, read_all
+from helpers import REAL_LIMIT, STREAM_KINDS, ask, clog, connected, read_all
 from trio.testing import assert_no_checkpoints, memory_stream_pair, wait_all_tasks_blocked
 
 from trio_socketserver import (
@@ -461,7 +461,7 @@ async def test_the_sizes_are_the_files_sizes() -> None:
         wbufsize = 4
         max_line_size = 5
 
-    with connected("unix") as (ours, theirs), trio.fail_after(5):
+    with connected("unix") as (ours, theirs), trio.fail_after(REAL_LIMIT):
         theirs.send(b"1\nrest too long")
         handler = Handler(StreamSocket(ours), None, None)
         await handler.setup()
@@ -579,7 +579,7 @@ async def test_through_a_server() -> None:
             except IncompleteRead as error:
                 await self.wfile.write(error.partial.upper())
 
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         server = NurseryTCPServer(("127.0.0.1", 0), Exact)
         async with serving(server):
             assert await ask(server, b"short") == b"SHORT"
@@ -752,7 +752,7 @@ async def test_replies_through_a_server_while_it_closes() -> None:
     async def client(server: Any) -> None:
         answers.append(await ask(server, b"late"))
 
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         server = NurseryUDPServer(("127.0.0.1", 0), Slow)
         async with trio.open_nursery() as nursery, server:
             await nursery.start(server.serve_forever)

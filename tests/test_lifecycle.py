@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import Moments
+from helpers import REAL_LIMIT, Moments
 from trio.testing import assert_checkpoints, wait_all_tasks_blocked
 
 from trio_socketserver._lifecycle import TRANSITIONS, LoopEvent, LoopState, ServingLoop
@@ -133,7 +133,7 @@ async def serve(loop: ServingLoop, log: list[str]) -> None:
 async def test_stop_ends_the_loop_and_no_other() -> None:
     loop = ServingLoop()
     log: list[str] = []
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         for _ in range(3):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve, loop, log)
@@ -150,7 +150,7 @@ async def test_a_stop_before_the_first_loop_is_remembered_for_that_one() -> None
     log: list[str] = []
     loop.enter()
     loop.stop()
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         await serve(loop, log)
         assert log == ["serving", "stopped"]
         async with trio.open_nursery() as nursery:
@@ -164,7 +164,7 @@ async def test_entering_anew_forgets_the_loop_before() -> None:
     loop = ServingLoop()
     log: list[str] = []
     loop.stop()
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         await serve(loop, log)
         loop.enter()
         loop.stop()  # Remembered again.
@@ -185,7 +185,7 @@ async def test_a_loop_that_fails_has_ended() -> None:
     with pytest.raises(ValueError, match="failed"):
         serve()
     assert loop.state is STOPPED
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         await loop.wait_ended()
 
 
@@ -194,7 +194,7 @@ async def test_a_loop_that_fails_has_ended() -> None:
 
 @pytest.mark.parametrize("state", [FRESH, REMEMBERED, STOPPED])
 async def test_where_no_loop_is_active_nobody_waits(state: LoopState) -> None:
-    with trio.fail_after(5), assert_checkpoints():
+    with trio.fail_after(REAL_LIMIT), assert_checkpoints():
         await loop_in(state).wait_ended()
 
 
@@ -218,7 +218,7 @@ async def test_everybody_waits_until_the_loop_has_ended() -> None:
         await loop.wait_ended()
         log.append("shut down")
 
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve_slowly)
             await wait_all_tasks_blocked()
@@ -240,7 +240,7 @@ async def test_who_waited_for_one_loop_does_not_wait_for_the_next() -> None:
         await loop.wait_ended()
         log.append("shut down")
 
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, loop, log)
             await wait_all_tasks_blocked()
@@ -254,7 +254,7 @@ async def test_who_waited_for_one_loop_does_not_wait_for_the_next() -> None:
 
 async def test_the_loops_own_task_cannot_wait_for_its_end() -> None:
     loop = ServingLoop()
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         scope = loop.begin()
         assert loop.is_current_task()
         with scope:

@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import STREAM_KINDS, Moments, clog, close_with_reset, connected, read_all
+from helpers import (
+    REAL_LIMIT,
+    STREAM_KINDS,
+    Moments,
+    clog,
+    close_with_reset,
+    connected,
+    read_all,
+)
 from trio.testing import (
     assert_checkpoints,
     check_half_closeable_stream,
@@ -63,7 +71,7 @@ async def test_passes_trios_own_check(kind: str) -> None:
                 pass  # What one side sends can make room on the other.
             return StreamSocket(left), StreamSocket(right)
 
-        with trio.fail_after(30):
+        with trio.fail_after(REAL_LIMIT):
             await check_half_closeable_stream(make, make_clogged)
 
 
@@ -72,7 +80,7 @@ async def test_carries_everything_to_and_from_a_blocking_peer(kind: str) -> None
     data = random.Random(1).randbytes(1_000_000)
 
     def echo(peer: socket.socket) -> None:
-        peer.settimeout(5)
+        peer.settimeout(REAL_LIMIT)
         while chunk := peer.recv(50_000):
             peer.sendall(chunk)
         peer.shutdown(socket.SHUT_WR)
@@ -82,7 +90,7 @@ async def test_carries_everything_to_and_from_a_blocking_peer(kind: str) -> None
         await stream.send_eof()
 
     received = bytearray()
-    with stream_and_peer(kind) as (stream, peer), trio.fail_after(5):
+    with stream_and_peer(kind) as (stream, peer), trio.fail_after(REAL_LIMIT):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, echo, peer)
             nursery.start_soon(send, stream)
@@ -271,7 +279,7 @@ async def test_a_reset_wakes_who_waits(call: str) -> None:
                 await getattr(stream, call)(argument)
             raised.append(caught.value.errno)
 
-        with trio.fail_after(5):
+        with trio.fail_after(REAL_LIMIT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait)
                 await wait_all_tasks_blocked()
@@ -335,7 +343,7 @@ async def test_closing_wakes_who_waits(name: str, timeout: float | None) -> None
             with pytest.raises(trio.ClosedResourceError):
                 await OPERATIONS[name](stream)
 
-        with trio.fail_after(5):
+        with trio.fail_after(REAL_LIMIT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(wait)
                 await wait_all_tasks_blocked()
@@ -369,7 +377,7 @@ async def test_what_is_shut_down_here_is_not_blamed_on_the_peer() -> None:
             with pytest.raises(trio.ClosedResourceError):
                 await stream.send_all(bytes(10_000_000))
 
-        with trio.fail_after(5):
+        with trio.fail_after(REAL_LIMIT):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(send)
                 await wait_all_tasks_blocked()
@@ -443,7 +451,10 @@ async def test_a_second_sender_is_refused_and_mixes_nothing_in(
     kind: str, call: Callable[[StreamSocket], Any]
 ) -> None:
     data = random.Random(2).randbytes(300_000)
-    with stream_and_peer(kind, small_buffers=True) as (stream, peer), trio.fail_after(5):
+    with (
+        stream_and_peer(kind, small_buffers=True) as (stream, peer),
+        trio.fail_after(REAL_LIMIT),
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send_all, data)
             await wait_all_tasks_blocked()
@@ -459,7 +470,10 @@ async def test_a_second_sender_is_refused_and_mixes_nothing_in(
 
 
 async def test_a_waiting_send_refuses_a_second_sender() -> None:
-    with stream_and_peer("unix", small_buffers=True) as (stream, peer), trio.fail_after(5):
+    with (
+        stream_and_peer("unix", small_buffers=True) as (stream, peer),
+        trio.fail_after(REAL_LIMIT),
+    ):
         filler = clog(stream.socket)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send, b"first")
@@ -472,7 +486,7 @@ async def test_a_waiting_send_refuses_a_second_sender() -> None:
 
 @pytest.mark.parametrize("name", ["receive_some", "recv", "recv_into", "receive_idle"])
 async def test_a_second_receiver_is_refused_and_takes_nothing(name: str) -> None:
-    with stream_and_peer("tcp") as (stream, peer), trio.fail_after(5):
+    with stream_and_peer("tcp") as (stream, peer), trio.fail_after(REAL_LIMIT):
         received = []
 
         async def receive() -> None:
@@ -489,7 +503,7 @@ async def test_a_second_receiver_is_refused_and_takes_nothing(name: str) -> None
 
 async def test_a_second_receiver_does_not_cut_the_first_off_from_draining() -> None:
     drain = Drain()
-    with stream_and_peer("unix") as (stream, _peer), trio.fail_after(5):
+    with stream_and_peer("unix") as (stream, _peer), trio.fail_after(REAL_LIMIT):
 
         async def receive() -> None:
             with pytest.raises(sockets_module.Drained):
@@ -504,7 +518,10 @@ async def test_a_second_receiver_does_not_cut_the_first_off_from_draining() -> N
 
 
 async def test_sending_and_receiving_go_together() -> None:
-    with stream_and_peer("unix", small_buffers=True) as (stream, peer), trio.fail_after(5):
+    with (
+        stream_and_peer("unix", small_buffers=True) as (stream, peer),
+        trio.fail_after(REAL_LIMIT),
+    ):
         clog(stream.socket)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send_all, b"x" * 1000)
@@ -560,7 +577,7 @@ async def test_cancelling_loses_no_received_byte(
 
     ways_out: set[str] = set()
     cancel_at = 0
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         while await cancelled_at(cancel_at):
             cancel_at += 1
     # receive_idle() leaves it to its caller to look for a cancellation first.
@@ -592,14 +609,17 @@ async def test_a_cancelled_send_has_sent_nothing(full: bool) -> None:
 
     ways_out: set[int] = set()
     cancel_at = 0
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         while await cancelled_at(cancel_at):
             cancel_at += 1
     assert ways_out == {0, 3}
 
 
 async def test_a_cancelled_send_all_frees_the_sending_side() -> None:
-    with stream_and_peer("unix", small_buffers=True) as (stream, peer), trio.fail_after(5):
+    with (
+        stream_and_peer("unix", small_buffers=True) as (stream, peer),
+        trio.fail_after(REAL_LIMIT),
+    ):
         for name in ("send_all", "send", "wait"):
             clog(stream.socket)
             with trio.CancelScope() as scope:
@@ -685,7 +705,7 @@ async def test_an_interrupted_reader_reads_on(
     async def receive(stream: StreamSocket) -> None:
         received.append(await call(stream))
 
-    with stream_and_peer("tcp") as (stream, peer), trio.fail_after(5):
+    with stream_and_peer("tcp") as (stream, peer), trio.fail_after(REAL_LIMIT):
         stream.settimeout(timeout)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive, stream)
@@ -701,7 +721,10 @@ async def test_an_interrupted_reader_reads_on(
 @any_kind
 async def test_an_interrupted_writer_writes_on(kind: str) -> None:
     data = random.Random(3).randbytes(100_000)
-    with stream_and_peer(kind, small_buffers=True) as (stream, peer), trio.fail_after(5):
+    with (
+        stream_and_peer(kind, small_buffers=True) as (stream, peer),
+        trio.fail_after(REAL_LIMIT),
+    ):
         received = bytearray()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send_all, data)
@@ -714,7 +737,10 @@ async def test_an_interrupted_writer_writes_on(kind: str) -> None:
 
 
 async def test_an_interrupted_send_sends_on() -> None:
-    with stream_and_peer("unix", small_buffers=True) as (stream, peer), trio.fail_after(5):
+    with (
+        stream_and_peer("unix", small_buffers=True) as (stream, peer),
+        trio.fail_after(REAL_LIMIT),
+    ):
         filler = clog(stream.socket)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stream.send, b"end")
@@ -743,7 +769,7 @@ async def test_interrupting_what_does_not_wait_does_nothing() -> None:
 async def test_closing_a_listening_socket_by_any_means_wakes_its_loop(
     close: Callable[[ListeningSocket], None],
 ) -> None:
-    with ListeningSocket() as listener, trio.fail_after(5):
+    with ListeningSocket() as listener, trio.fail_after(REAL_LIMIT):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
 
@@ -816,7 +842,7 @@ def read_datagrams(sock: socket.socket) -> list[bytes]:
 
 
 async def test_many_tasks_reply_at_once() -> None:
-    with udp_pair() as (ours, theirs), trio.fail_after(5):
+    with udp_pair() as (ours, theirs), trio.fail_after(REAL_LIMIT):
         sender = DatagramSocket(ours)
         async with trio.open_nursery() as nursery:
             for n in range(100):
@@ -825,7 +851,7 @@ async def test_many_tasks_reply_at_once() -> None:
 
 
 async def test_many_tasks_wait_for_a_full_socket_at_once() -> None:
-    with udp_pair() as (ours, theirs), trio.fail_after(5):
+    with udp_pair() as (ours, theirs), trio.fail_after(REAL_LIMIT):
         ours.refuse = 25  # Each of ten senders is refused twice at least.
         sender = DatagramSocket(ours)
         async with trio.open_nursery() as nursery:
@@ -839,7 +865,7 @@ async def test_closing_tells_everyone_who_waits_for_a_full_socket(
 ) -> None:
     # Over loopback the kernel never reports a UDP socket full: wait for what never comes.
     monkeypatch.setattr(sockets_module, "wait_writable", trio.lowlevel.wait_readable)
-    with udp_pair() as (ours, theirs), trio.fail_after(5):
+    with udp_pair() as (ours, theirs), trio.fail_after(REAL_LIMIT):
         ours.refuse = 3
         sender = DatagramSocket(ours)
         closed = []
@@ -970,7 +996,7 @@ async def test_a_cancelled_sendto_has_sent_nothing(full: bool) -> None:
 
     ways_out: set[int] = set()
     cancel_at = 0
-    with trio.fail_after(5):
+    with trio.fail_after(REAL_LIMIT):
         while await cancelled_at(cancel_at):
             cancel_at += 1
     assert ways_out == {0, 3}

@@ -342,7 +342,7 @@ def test_a_child_has_a_lock_of_its_own() -> None:
         with _waking._lock:
             pid = os.fork()
             if not pid:  # The alarm kills whoever waits.
-                signal.alarm(5)
+                signal.alarm(int(REAL_LIMIT))
                 waker.wake()
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
