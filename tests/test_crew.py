@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import bounded
+from helpers import REAL_LIMIT, bounded
 from prefork_clients import Log, logging_to, when_started
 
 from trio_socketserver import ChildFailed, _crew
@@ -395,6 +395,7 @@ async def test_cancelled_workers_are_told_and_ended(workers_are: Any, log: Log) 
         "if heard() == b'x': counters[ACCEPTED] = counters[COMPLETED] = 7\n"
     )
     async with company() as these:
+        these.host.cleanup_timeout = REAL_LIMIT  # Nobody is killed.
         these.begin()
         await these.crew.wait_ready()
         these.nursery.cancel_scope.cancel()
