@@ -12,8 +12,10 @@ import pytest
 import trio
 from blocking_servers import PARKED, happens, in_thread, wait_for
 from blocking_world import (
+    PATIENCE,
     Release,
     Sleeping,
+    clock,
     each_server,
     each_stream_server,
     each_threading_server,
@@ -33,9 +35,11 @@ from helpers import (
     receive,
     receive_to_end,
 )
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from trio_socketserver import TCPServer, ThreadingTCPServer, ThreadingUDPServer
+
+__all__ = ["clock"]  # A fixture.
 
 
 @contextlib.contextmanager
@@ -190,14 +194,14 @@ async def test_a_request_of_ones_own_waits_its_turn(
 @pytest.mark.parametrize("server_class", [TCPServer, ThreadingTCPServer])
 @bounded
 async def test_who_waits_for_a_turn_can_be_cancelled(
-    server_class: Any, tmp_path: Path
+    server_class: Any, tmp_path: Path, clock: MockClock
 ) -> None:
     server = make(
         server_class,
         echo_later,
         tmp_path,
         max_threads=1,
-        request_timeout=0.02,
+        request_timeout=PATIENCE,
     )
     with Release(server) as awake:
         async with serving(server):
@@ -208,6 +212,8 @@ async def test_who_waits_for_a_turn_can_be_cancelled(
                 with ours, theirs:
                     request = trio.SocketStream(theirs)
                     await server.process_request(request, "mine")
+                    await wait_all_tasks_blocked()
+                    clock.jump(PATIENCE)
                     # It ends, while the first one does not.
                     await is_true(lambda: server.statistics().failed == 1)
                     assert await ours.recv(1) == b""

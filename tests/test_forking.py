@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from blocking_world import PATIENCE, clock
 from helpers import (
     REAL_LIMIT,
     ask,
@@ -44,6 +45,8 @@ from trio_socketserver._combinations import (
     ForkingUnixStreamServer,
 )
 from trio_socketserver._forking import BATCH, SHUTDOWN, _Messages
+
+__all__ = ["clock"]  # A fixture.
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -916,12 +919,14 @@ async def test_closing_cancels(handler: Any, attribute: str, value: Any) -> None
 
 @sleepers
 @bounded
-async def test_request_timeout(handler: Any) -> None:
+async def test_request_timeout(handler: Any, clock: trio.testing.MockClock) -> None:
     server = Sleeps(handler)
-    server.request_timeout = 0.1
+    server.request_timeout = PATIENCE
     async with serving(server):
         with connect(server.server_address) as client:
-            assert (await receive_to_end(client)).endswith(b"finished")
+            assert await receive(client, 2) == b"in"
+            clock.jump(PATIENCE)
+            assert await receive_to_end(client) == b"finished"
         await server.collect_children(blocking=True)
     [error] = server.errors
     assert type(error) is RequestTimeout
@@ -972,7 +977,9 @@ async def test_a_stubborn_child_is_killed(
 
 
 @bounded
-async def test_a_handler_that_catches_system_exit_is_killed() -> None:
+async def test_a_handler_that_catches_system_exit_is_killed(
+    clock: trio.testing.MockClock,
+) -> None:
     def handler(request: Any, client_address: Any, server: Any) -> None:
         try:
             request.sendall(b"in")
@@ -981,15 +988,21 @@ async def test_a_handler_that_catches_system_exit_is_killed() -> None:
             request.sendall(b"no")
             stubborn_sleep()
 
+    async def hear_it_refuse() -> None:
+        assert await receive(client, 2) == b"no"
+        clock.jump(PATIENCE)
+        assert await receive_to_end(client) == b""
+
     server = Sleeps(handler)
-    server.cleanup_timeout = 0.2
-    with trio.CancelScope() as scope:
-        async with serving(server):
-            client = connect(server.server_address)
-            assert await receive(client, 2) == b"in"
-            scope.cancel()
-    with client:
-        assert await receive_to_end(client) == b"no"
+    server.cleanup_timeout = PATIENCE
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with serving(server):
+                client = connect(server.server_address)
+                assert await receive(client, 2) == b"in"
+                nursery.start_soon(hear_it_refuse)
+                scope.cancel()
+    client.close()
     assert_gone(server)
 
 
@@ -1009,7 +1022,7 @@ async def test_a_thread_of_the_handlers_that_waits_in_trio_hides_no_sigterm() ->
             request.sendall(b"finished")
 
     server = Sleeps(handler)
-    server.cleanup_timeout = 1
+    server.cleanup_timeout = REAL_LIMIT / 2
     with trio.CancelScope() as scope:
         async with serving(server):
             client = connect(server.server_address)

@@ -400,7 +400,7 @@ async def test_retire() -> None:
     async with worker_of(server) as (copy, peer):
         await peer.hear()
         with pose(server, b"trio.sleep(0.05)") as client:
-            while not copy.statistics().active:
+            while not copy.statistics().accepted:
                 await trio.testing.wait_all_tasks_blocked()
             peer.order(Order.STOP, Order.RETIRE)
             assert parsed(await answer(client)).value is None

@@ -29,7 +29,7 @@ from blocking_servers import (
     park,
     wait_for,
 )
-from blocking_world import serving
+from blocking_world import PATIENCE, clock, serving
 from helpers import (
     REAL_LIMIT,
     bounded,
@@ -59,6 +59,8 @@ from trio_socketserver import (
     _blocking_tls,
 )
 from trio_socketserver._blocking_tls import SecureSocket, secure, shake_hands
+
+__all__ = ["clock"]  # A fixture.
 
 pytestmark = forks_with_threads
 
@@ -114,10 +116,10 @@ def calls_the_hook(request: Any, client_address: Any, server: Any) -> None:
 
 def sets_a_timeout(request: Any, client_address: Any, server: Any) -> None:
     assert request.gettimeout() is None
+    request.sendall(request.recv(100).upper())
     request.settimeout(0.01)
-    with contextlib.suppress(TimeoutError):
-        while True:
-            request.sendall(request.recv(100).upper())
+    with pytest.raises(TimeoutError):
+        request.recv(100)
 
 
 def unwraps(request: Any, client_address: Any, server: Any) -> None:
@@ -409,11 +411,14 @@ async def test_an_abandoned_thread_closes_its_connection() -> None:
 
 @each_server
 @bounded
-async def test_request_timeout_ends_it(server_class: Any) -> None:
-    server = make(server_class, park, request_timeout=0.2)
+async def test_request_timeout_ends_it(
+    server_class: Any, clock: trio.testing.MockClock
+) -> None:
+    server = make(server_class, park, request_timeout=PATIENCE)
     async with serving(server):
         with await in_thread(tls_connect, server.server_address) as client:
             assert await in_thread(client.recv, 100) == PARKED
+            clock.jump(PATIENCE)
             with contextlib.suppress(OSError):
                 assert await in_thread(client.recv, 100) == b""
     assert server.statistics().failed == 1
