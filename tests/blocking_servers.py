@@ -19,12 +19,15 @@ import pytest
 import trio
 from helpers import REAL_LIMIT, connect, receive, receive_until_closed
 
-from trio_socketserver import serve_blocking
+from trio_socketserver import _stdlib_servers, serve_blocking
 
 LOOPBACK = ("127.0.0.1", 0)
 
 NEVER = 3600.0
 """Seconds of a poll interval that no test lives to see: what happens, needs no polling."""
+
+PROMPTLY = REAL_LIMIT / 4
+"""Seconds: much, and yet less than clients and handlers wait."""
 
 PARKED = b"parked"
 """What a handler sends when it is about to wait for its peer."""
@@ -88,6 +91,12 @@ def wait_for(event: threading.Event) -> None:
 
 
 # -- serving -------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file has this fixture, nothing ends because `serve_blocking` gives it up."""
+    monkeypatch.setattr(_stdlib_servers, "SHUTDOWN_TIMEOUT", NEVER)
 
 
 @contextlib.contextmanager

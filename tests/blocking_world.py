@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 from blocking_servers import PARKED, in_thread, receive_exactly, wait_for
-from helpers import bind_address, class_name, connect
+from helpers import REAL_LIMIT, bind_address, class_name, connect
 from trio.testing import MockClock
 
 from trio_socketserver import (
@@ -49,7 +49,7 @@ each_stream_server = _each(*PLAIN_STREAM, *THREADING_STREAM)
 each_datagram_server = _each(*PLAIN_DATAGRAM, *THREADING_DATAGRAM)
 sequential_and_threading = _each(TCPServer, ThreadingTCPServer)
 
-PATIENCE = 5.0
+PATIENCE = REAL_LIMIT / 4
 """Seconds that servers here are patient for, on a clock that is moved on by a test."""
 
 

@@ -21,6 +21,7 @@ import pytest
 import trio
 from blocking_servers import (
     PARKED,
+    PROMPTLY,
     ask_stream,
     client_of,
     each_dispatcher,
@@ -32,6 +33,7 @@ from blocking_servers import (
     happens,
     in_thread,
     make,
+    no_impatience,
     park,
     parked_client,
     served,
@@ -48,6 +50,8 @@ from helpers import (
 )
 
 from trio_socketserver import serve_blocking
+
+__all__ = ["no_impatience"]  # A fixture.
 
 pytestmark = forks_with_threads
 
@@ -146,7 +150,7 @@ async def test_19_a_server_of_datagrams_stops_while_nothing_comes(
     for end in ("stop", "shut_down"):
         server = make(reply_blockingly, mixin, base, address=bind_address(base, tmp_path))
         async with served(server) as serving:
-            with trio.fail_after(REAL_LIMIT / 4):
+            with trio.fail_after(PROMPTLY):
                 await getattr(serving, end)()
 
 
@@ -169,7 +173,7 @@ async def test_19_a_datagram_that_others_have_taken_does_not_keep_the_server() -
         async with served(server) as serving:
             client.send(b"lost")
             await happens(reached)
-            with trio.move_on_after(REAL_LIMIT / 4):
+            with trio.move_on_after(PROMPTLY):
                 await serving.stop()
             in_time = serving.ended.is_set()
             client.send(b"for the thread, should it still wait")
@@ -417,7 +421,7 @@ async def test_21_such_threads_are_not_waited_for() -> None:
         try:
             server = make(handler, Pool, pool=pool)
             async with served(server) as serving, parked_client(server) as client:
-                with trio.fail_after(REAL_LIMIT / 4):
+                with trio.fail_after(PROMPTLY):
                     await serving.stop()
                 assert await receive(client) == b""
         finally:
@@ -438,7 +442,7 @@ async def test_21_a_connection_closed_by_such_a_thread_is_closed() -> None:
         request = await in_thread(handed_on.get, True, REAL_LIMIT)
         request.sendall(b"bye")
         request.close()
-        with trio.fail_after(REAL_LIMIT / 4):
+        with trio.fail_after(PROMPTLY):
             assert await receive_to_end(client) == b"bye"
 
 

@@ -22,6 +22,7 @@ from blocking_servers import (
     LOOPBACK,
     NEVER,
     PARKED,
+    PROMPTLY,
     Serial,
     ask_stream,
     client_of,
@@ -34,6 +35,7 @@ from blocking_servers import (
     happens,
     in_thread,
     make,
+    no_impatience,
     park,
     parked_client,
     process_exists,
@@ -53,6 +55,8 @@ from helpers import (
 )
 
 from trio_socketserver import _stdlib_servers, serve_blocking
+
+__all__ = ["no_impatience"]  # A fixture.
 
 pytestmark = forks_with_threads
 
@@ -395,7 +399,7 @@ async def test_7_shutdown_may_take_too_long(monkeypatch: pytest.MonkeyPatch) -> 
     server = make(echo, Threading, shutdown=shutdown)
     try:
         async with served(server) as serving:
-            with trio.fail_after(REAL_LIMIT / 4):
+            with trio.fail_after(PROMPTLY):
                 await serving.stop()
     finally:
         go_on.set()
@@ -507,7 +511,7 @@ async def test_8_a_connection_ends_when_its_handler_closes_it() -> None:
     server = make(handler, Threading)
     async with served(server), client_of(server) as client:
         try:
-            with trio.fail_after(REAL_LIMIT / 4):
+            with trio.fail_after(PROMPTLY):
                 assert await receive_to_end(client) == b"bye"
         finally:
             go_on.set()
@@ -575,7 +579,7 @@ async def test_9_who_cannot_be_woken_is_abandoned_where_the_program_says_so(
     server = make(handler, Server)
     try:
         async with served(server) as serving, parked_client(server) as client:
-            with trio.fail_after(REAL_LIMIT / 4):
+            with trio.fail_after(PROMPTLY):
                 await (serving.stop() if cancels else serving.shut_down())
             assert await receive(client) == b""
             assert threads[0].is_alive()
@@ -667,7 +671,7 @@ async def test_10_children_that_do_not_listen_are_killed(
     server = make(handler, Forking)
     async with served(server) as serving, client_of(server) as client:
         pid = int(await receive_exactly(client, 10))
-        with trio.fail_after(REAL_LIMIT / 4):
+        with trio.fail_after(PROMPTLY):
             await serving.stop()
         assert not process_exists(pid)
 
@@ -817,7 +821,7 @@ async def test_a_connection_that_others_have_taken_does_not_keep_the_server(
     with server.socket.dup() as others:
         async with served(server) as serving, client_of(server):
             await happens(reached)
-            with trio.move_on_after(REAL_LIMIT / 4):
+            with trio.move_on_after(PROMPTLY):
                 await getattr(serving, end)()
             in_time = serving.ended.is_set()
             if not in_time:

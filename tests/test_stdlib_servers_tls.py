@@ -17,6 +17,7 @@ import trio
 import trustme
 from blocking_servers import (
     PARKED,
+    PROMPTLY,
     client_of,
     each_dispatcher,
     each_in_process,
@@ -26,17 +27,17 @@ from blocking_servers import (
     happens,
     in_thread,
     make,
+    no_impatience,
     park,
     served,
 )
 from helpers import bounded, connect, receive_until_closed
 
+__all__ = ["no_impatience"]  # A fixture.
+
 pytestmark = forks_with_threads
 
 HOST = "127.0.0.1"
-PROMPTLY = 5.0
-"""Seconds: much, and yet less than clients wait."""
-
 AUTHORITY = trustme.CA()
 
 
