@@ -335,6 +335,14 @@ async def beside(function: Any, *arguments: Any) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
+async def flood(peers: Peers, server: Any, seconds: float) -> int:
+    """Send so many datagrams that they are one; return how many."""
+    sent = 0
+    while sent < 2 * DATAGRAM_TASKS:
+        sent += await ask(peers, "flood", server.server_address, seconds)
+    return sent
+
+
 async def assert_answers_next(server: Any, sent: int) -> None:
     """All that was sent is accounted for; and the next client is answered."""
     while True:
@@ -361,7 +369,7 @@ async def test_a_flood_of_datagrams(
             before = resident()
             trio.lowlevel.add_instrument(ticks)
             async with beside(bystander.sleep):
-                sent = await ask(peers, "flood", server.server_address, FLOOD_SECONDS)
+                sent = await flood(peers, server, FLOOD_SECONDS)
             trio.lowlevel.remove_instrument(ticks)
             await assert_answers_next(server, sent + 1)
             await all_ended(server)
@@ -372,7 +380,6 @@ async def test_a_flood_of_datagrams(
         figures["longest tick, ms"] = round(1000 * ticks.longest, 2)
         figures["KiB more"] = (max(bystander.memory) - before) // 1024
         assert seen.completed + seen.datagrams_dropped == sent + 2
-        assert sent > 1000
         # Woken at the end of the tick it was due in, it may be the last in the next.
         assert max(bystander.late) < 3 * ticks.longest + 0.1
         assert max(bystander.active) <= DATAGRAM_TASKS
@@ -386,7 +393,7 @@ async def test_a_flood_leaves_others_their_turn(peers: Peers) -> None:
     steps: list[int] = []
     async with serving(server):
         async with beside(steps_of, server, steps):
-            sent = await ask(peers, "flood", server.server_address, FLOOD_SECONDS / 4)
+            sent = await flood(peers, server, FLOOD_SECONDS / 4)
         await assert_answers_next(server, sent)
         await all_ended(server)
         seen = server.statistics()
@@ -405,12 +412,13 @@ async def test_a_flood_of_datagrams_that_take_long(
     with reporting(record_property) as figures:
         async with serving(server):
             before = resident()
-            sent = await ask(peers, "flood", server.server_address, FLOOD_SECONDS / 4)
-            seen = server.statistics()
+            sent = await flood(peers, server, FLOOD_SECONDS / 4)
+            # The kernel drops most of it where the server is slower than the flood.
+            while (seen := server.statistics()).accepted < DATAGRAM_TASKS:
+                sent += await flood(peers, server, FLOOD_SECONDS / 4)
             figures["KiB more"] = (resident() - before) // 1024
             figures["sent"] = sent
             figures["dropped"] = seen.datagrams_dropped
-            assert sent > DATAGRAM_TASKS
             assert seen.active == seen.accepted == DATAGRAM_TASKS
             assert figures["KiB more"] < 32 * 1024
             server.event.set()

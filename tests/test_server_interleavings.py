@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import (
+    REAL_LIMIT,
     answer,
     ask,
     assert_sums_up,
@@ -154,7 +155,7 @@ class Ordeal:
         assert self.finished == self.began
         for client in self.clients:
             with client:
-                client.settimeout(1)
+                client.settimeout(REAL_LIMIT)
                 with only(ConnectionResetError):
                     assert client.recv(1) == b""
 

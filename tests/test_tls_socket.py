@@ -225,11 +225,13 @@ async def test_a_cancelled_handshake_can_be_gone_on_with(version: Any) -> None:
                 assert cancelled or end is not server
                 return
             cancelled += 1
+            waited.set()
 
+    waited = trio.Event()
     with two_ends(version) as (server, client):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(in_small_steps, server)
-            await trio.sleep(0.01)
+            await waited.wait()
             nursery.start_soon(in_small_steps, client)
         await server.send_all(b"hello")
         assert await client.receive_some() == b"hello"
