@@ -7,7 +7,8 @@ What is compared is requests per second *of the server's CPU time*. Where the se
 core to itself, that is the rate; where other programs want the core too, as on most CI
 machines, it still is what the code costs, while rates differ by half from one second to
 the next. It would miss a server that waits where it should work, so the rate has a limit
-too, a loose one. A limit that fails is measured again, in more rounds, before it counts.
+too, a loose one. A limit that fails is measured again, and once more, each time in more
+rounds, before it counts.
 
 The server and the load share one core here, and the scheduler is told that both are batch
 jobs, so that neither interrupts the other when it wakes up: the load sends all it has, then
@@ -31,12 +32,16 @@ from tests.benchmarks.servers import OURS, PEERS
 from tests.benchmarks.workloads import WORKLOADS, Workload
 
 ROUNDS, SECONDS = 3, 0.7
-AGAIN_ROUNDS = 5
+AGAIN_ROUNDS = (5, 9)
 
 RATE_SHARE = 0.25
-"""Of a limit, for the rate. On a busy machine a server with many threads gets more of the
-core than one with a single thread, up to three times as much was seen; a stall of any kind
-(a delayed acknowledgement, a dropped SYN) costs a factor of ten."""
+"""Of a limit, for the rate. A stall of any kind (a delayed acknowledgement, a dropped SYN)
+costs a factor of ten."""
+
+RATE_SAYS_NOTHING = (("short", "socketserver threading"),)
+"""Where the peer has a thread for each client, and we have one for all. On a busy core each
+thread gets as much of it as we do, and so the peer several times as much. In the same
+workload our rate is compared with those of other servers that have one thread."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,11 @@ class Ratios:
 
     def satisfy(self, limit: Goal) -> bool:
         """Whether the limit holds."""
-        return self.cpu >= limit.at_least and self.rate >= limit.at_least * RATE_SHARE
+        if self.cpu < limit.at_least:
+            return False
+        if (limit.workload, limit.peer) in RATE_SAYS_NOTHING:
+            return True
+        return self.rate >= limit.at_least * RATE_SHARE
 
 
 LIMITS = (
@@ -118,10 +127,12 @@ def check_workload(program: Path, name: str) -> bool:
     """The same for one workload."""
     workload = WORKLOADS[name]
     limits = [limit for limit in LIMITS if limit.workload == name]
-    measured = measure(program, workload, limits, ROUNDS)
-    missed = [limit for limit in limits if not measured[limit].satisfy(limit)]
-    if missed:
-        measured |= measure(program, workload, missed, AGAIN_ROUNDS)
+    measured: dict[Goal, Ratios] = {}
+    missed = limits
+    for rounds in (ROUNDS, *AGAIN_ROUNDS):
+        if missed:
+            measured |= measure(program, workload, missed, rounds)
+            missed = [limit for limit in missed if not measured[limit].satisfy(limit)]
     for limit in limits:
         ratios = measured[limit]
         print(
@@ -130,4 +141,4 @@ def check_workload(program: Path, name: str) -> bool:
             f"by the rate {ratios.rate:.2f})",
             flush=True,
         )
-    return all(measured[limit].satisfy(limit) for limit in limits)
+    return not missed
