@@ -14,13 +14,16 @@ The server and the load share one core here, and the scheduler is told that both
 jobs, so that neither interrupts the other when it wakes up: the load sends all it has, then
 the server answers all of it. On a core each, how many requests a server finds when it looks
 depends on what else the machine does, and what one of them costs depends on that.
+
+What other programs do to the caches is part of the costs too, and more of ours than of
+those of a small loop. So the two go first, if we are allowed to say so.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,6 +36,9 @@ from tests.benchmarks.workloads import WORKLOADS, Workload
 
 ROUNDS, SECONDS = 3, 0.7
 AGAIN_ROUNDS = (5, 9)
+
+FIRST = -20
+"""The niceness of who goes first; root may have it."""
 
 RATE_SHARE = 0.25
 """Of a limit, for the rate. A stall of any kind (a delayed acknowledgement, a dropped SYN)
@@ -107,11 +113,15 @@ def measure(
 def taking_turns() -> Iterator[None]:
     """Servers and loads started inside share one core, and take turns on it."""
     cores, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
     os.sched_setaffinity(0, {max(cores)})
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, FIRST)
     try:
         yield
     finally:
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
         os.sched_setscheduler(0, policy, os.sched_param(0))
         os.sched_setaffinity(0, cores)
 
