@@ -135,7 +135,7 @@ def is_the_thing(request: Any, client_address: Any, server: Any) -> None:
     assert request.getblocking()
     assert request.context is server.ssl_context
     assert request.getpeername() == client_address
-    request.settimeout(5)
+    request.settimeout(REAL_LIMIT)
     request.do_handshake()
     buffer = bytearray(100)
     size = request.recv_into(buffer)
