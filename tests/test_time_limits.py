@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from blocking_servers import happens
+from blocking_world import PATIENCE, clock
 from faults import (
     STREAM_WORLDS,
     World,
@@ -31,6 +34,8 @@ from helpers import REAL_LIMIT, bounded, connect, is_refused, receive_to_end
 from promises import serving
 
 from trio_socketserver import NurseryUDPServer, RequestTimeout, ThreadingUDPServer
+
+__all__ = ["clock"]  # A fixture.
 
 pytestmark = forks
 
@@ -266,20 +271,26 @@ async def test_timeout_of_a_handler_in_a_thread_or_child(
 
 
 @bounded
-async def test_a_finish_in_a_thread_that_waits_for_its_peer_is_woken() -> None:
+async def test_a_finish_in_a_thread_that_waits_for_its_peer_is_woken(
+    clock: trio.testing.MockClock,
+) -> None:
     world = next(world for world in STREAM_WORLDS if world.name == "threading-blocking")
+    finishes = threading.Event()
     woken = []
 
     class Stuck(world.handler):  # type: ignore[misc]
         def finish(self) -> None:
+            finishes.set()
             woken.append(self.request.recv(1))
 
-    server = world.make(request_timeout=LIMIT)
+    server = world.make(request_timeout=PATIENCE)
     server.RequestHandlerClass = Stuck
     async with serving(server):
         with connect(server.server_address) as client:
             client.sendall(b"ping\n")
             client.shutdown(socket.SHUT_WR)  # handle() ends here.
+            await happens(finishes)
+            clock.jump(PATIENCE)
             await receive_to_end(client)
         await comes_true(lambda: server.statistics().active == 0)
         server.request_timeout, server.RequestHandlerClass = None, world.handler
