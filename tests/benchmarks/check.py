@@ -73,10 +73,10 @@ LIMITS = (
     Goal("short", "bare epoll", 0.35),
     Goal("pingpong", "trio", 1.1),
     Goal("pingpong", "asyncio", 0.57),
-    Goal("pingpong", "bare epoll", 0.28),
+    Goal("pingpong", "bare epoll", 0.26),
     Goal("bulk", "trio", 1.05),
     Goal("udp", "trio", 1.7),
-    Goal("udp", "asyncio", 1.5),
+    Goal("udp", "asyncio", 1.4),
     Goal("blocking", "socketserver threading", 1.3),
 )
 """About 0.85 of what is usually measured, which differs by a tenth from run to run. They
