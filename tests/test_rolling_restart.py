@@ -344,6 +344,113 @@ def tell(admin: Path, command: str) -> str:
         return receive_until_closed(sock).decode()
 
 
+# -- being interrupted, without HAProxy ----------------------------------------------------
+
+STAND_IN = """
+import os, signal, sys
+
+def say(what):
+    print(what, "ab"[int(sys.argv[2]) - 7001], os.getpid(), file=sys.stderr, flush=True)
+
+def wait_until_parent_waits():
+    state = ""
+    while state != "S":
+        with open(f"/proc/{os.getppid()}/stat") as stat:
+            state = stat.read().rpartition(")")[2].split()[0]
+
+signals = {signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+"""
+"""The beginning of a program in the place of service.py, which tells by ``stderr``."""
+
+SILENT = """
+wait_until_parent_waits()
+say("silent")
+signal.sigwait(signals)
+"""
+
+DUMB = """
+say("dumb")
+os.close(1)
+signal.sigwait(signals)
+"""
+
+PATIENT = """
+print("serving", flush=True)
+wait_until_parent_waits()
+say("serving")
+signal.sigwait(signals)
+say("draining")
+signal.sigwait(signals)
+"""
+
+
+@contextlib.contextmanager
+def restarting(service: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run restart.py with another program in the place of service.py, and no HAProxy."""
+    shutil.copy(FOLDER / "restart.py", folder)
+    (folder / "service.py").write_text(STAND_IN + service)
+    with subprocess.Popen(
+        [sys.executable, str(folder / "restart.py")],
+        env={**os.environ, "HAPROXY": "true", "TMPDIR": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        try:
+            yield process
+        finally:
+            watchdog.cancel()
+            process.kill()
+            watchdog.join()
+
+
+def told(process: subprocess.Popen[str], what: str, name: str) -> int:
+    """Return the process id of the replica that says this next."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith(f"{what} {name} "), line + process.communicate()[1]
+    return int(line.split()[-1])
+
+
+def last_words(process: subprocess.Popen[str], *pids: int) -> str:
+    """Wait for restart.py, which leaves none of these; return what else has been told."""
+    process.wait()
+    for pid in pids:
+        command = Path(f"/proc/{pid}/cmdline")
+        if command.exists() and b"service.py" in command.read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            pytest.fail("a replica has been left behind")
+    return process.communicate()[1]
+
+
+def test_an_interrupt_while_a_replica_starts_ends_it(tmp_path: Path) -> None:
+    with restarting(SILENT, tmp_path) as process:
+        pid = told(process, "silent", "a")
+        process.send_signal(signal.SIGINT)
+        assert last_words(process, pid).endswith("\nKeyboardInterrupt\n")
+
+
+def test_a_replica_that_does_not_start_is_ended(tmp_path: Path) -> None:
+    with restarting(DUMB, tmp_path) as process:
+        pid = told(process, "dumb", "a")
+        assert last_words(process, pid) == "replica a has not started\n"
+        assert process.returncode == 1
+
+
+def test_a_second_interrupt_cuts_short_one_replica_and_skips_none(tmp_path: Path) -> None:
+    with restarting(PATIENT, tmp_path) as process:
+        pids = [told(process, "serving", name) for name in "ab"]
+        for name in "ba":
+            process.send_signal(signal.SIGINT)
+            told(process, "draining", name)
+        process.send_signal(signal.SIGINT)
+        assert last_words(process, *pids).endswith("\nKeyboardInterrupt\n")
+
+
 # -- what stands beside it -----------------------------------------------------------------
 
 

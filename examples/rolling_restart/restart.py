@@ -1,24 +1,21 @@
-r"""HAProxy and two replicas, which are restarted one after the other while clients ask on.
+"""HAProxy and two replicas, which are restarted one after the other while clients ask on.
 
     python examples/rolling_restart/restart.py
 
-Where HAProxy is not on the PATH, set HAPROXY to where it is. Enter restarts both replicas,
-Ctrl-D ends everything. README.md says what is promised. Ask from another terminal:
-
-    python -c "from socket import *; s = create_connection(('127.0.0.1', 9999)); \
-        s.send(b'hello\n'); print(s.recv(99))"
+Enter restarts both, Ctrl-D or Ctrl-C ends all. One more Ctrl-C cuts short the replica that
+is just ending. README.md has a client to ask with, and says what is promised.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from subprocess import PIPE, Popen, run
 
 HAPROXY = os.environ.get("HAPROXY", "haproxy")
 FOLDER = Path(__file__).resolve().parent
@@ -35,45 +32,48 @@ def tell_haproxy(command: str) -> None:
             sys.exit(f"HAProxy: {answer}")
 
 
-def start(name: str) -> subprocess.Popen[str]:
-    """Start a replica; return when it serves."""
+def end_haproxy() -> None:
+    with suppress(FileNotFoundError):  # It has not been started.
+        os.kill(int(Path("pid").read_text()), signal.SIGTERM)
+
+
+def start(name: str, place: ExitStack) -> ExitStack:
+    """Start a replica, which ends when its place is left; return when it serves."""
     command = [sys.executable, str(FOLDER / "service.py"), HOST, PORTS[name]]
-    # In a group of its own, since Ctrl-C is for this program to answer.
-    replica = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+    replica = Popen(command, stdout=PIPE, text=True, process_group=0)  # Ctrl-C is for us.
+    place.callback(stop, name, replica)
     if replica.stdout is None or not replica.stdout.readline():
         sys.exit(f"replica {name} has not started")
     print(f"{name} is process {replica.pid}", flush=True)
-    return replica
+    return place
 
 
-def stop(name: str, replica: subprocess.Popen[str]) -> None:
-    """End a replica; return when its last client has been served."""
-    replica.terminate()
-    print(f"{name} has ended, {replica.communicate()[0].strip()}", flush=True)
+def stop(name: str, replica: Popen[str]) -> None:
+    """End a replica; return when its last client has been served, or at Ctrl-C."""
+    try:
+        replica.terminate()
+        print(f"{name} has ended, {replica.communicate()[0].strip()}", flush=True)
+    finally:
+        replica.terminate()  # If it is still there: the second signal cancels.
+        replica.wait()
 
 
-def main(replicas: dict[str, subprocess.Popen[str]]) -> None:
-    for name in PORTS:
-        replicas[name] = start(name)
+def main(stack: ExitStack) -> None:
+    stack.callback(end_haproxy)  # Last. Each is ended, whatever becomes of the others.
+    places = {name: start(name, stack.enter_context(ExitStack())) for name in PORTS}
     command = [HAPROXY, "-D", "-p", "pid", "-f", str(FOLDER / "haproxy.cfg")]
-    subprocess.run(command, check=True)  # It returns when HAProxy listens.
+    run(command, check=True)  # It returns when HAProxy listens.
     print(f"serving on {HOST}:9999", flush=True)
     for _ in sys.stdin:
-        for name in PORTS:
+        for name, place in places.items():
             tell_haproxy(f"set server replicas/{name} state maint")  # No new connections.
-            stop(name, replicas[name])
-            replicas[name] = start(name)
+            place.close()
+            start(name, place)
             tell_haproxy(f"set server replicas/{name} state ready")
         print("both have been restarted", flush=True)
 
 
 if __name__ == "__main__":
-    running: dict[str, subprocess.Popen[str]] = {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        try:
-            main(running)
-        finally:
-            for name, replica in running.items():
-                stop(name, replica)
-            if os.path.exists("pid"):
-                os.kill(int(Path("pid").read_text()), signal.SIGTERM)
+    with ExitStack() as stack:
+        os.chdir(stack.enter_context(tempfile.TemporaryDirectory()))
+        main(stack)
