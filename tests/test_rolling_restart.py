@@ -412,7 +412,7 @@ def told(process: subprocess.Popen[str], what: str, name: str) -> int:
     """Return the process id of the replica that says this next."""
     assert process.stderr is not None
     line = process.stderr.readline()
-    assert line.startswith(f"{what} {name} "), line + process.communicate()[1]
+    assert line.startswith(f"{what} {name} "), line
     return int(line.split()[-1])
 
 
