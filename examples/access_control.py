@@ -39,8 +39,8 @@ class GuardedServer(NurseryTCPServer):
 def main() -> None:
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 9999
     server = GuardedServer(("127.0.0.1", port), sys.argv[2:] or ["127.0.0.1/32"])
-    print("guarding {}:{}".format(*server.server_address), flush=True)
-    run(server)
+    address = "{}:{}".format(*server.server_address)
+    run(server, started=lambda: print(f"guarding {address}", flush=True))
     statistics = server.statistics()
     print(f"{statistics.completed} clients served, {statistics.rejected} rejected")
 

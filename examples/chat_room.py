@@ -75,5 +75,5 @@ class ChatRoom(NurseryTCPServer):
 
 if __name__ == "__main__":
     room = ChatRoom(("127.0.0.1", int(sys.argv[1]) if len(sys.argv) > 1 else 9999))
-    print("chatting on {}:{}".format(*room.server_address), flush=True)
-    run(room)
+    address = "{}:{}".format(*room.server_address)
+    run(room, started=lambda: print(f"chatting on {address}", flush=True))

@@ -73,6 +73,6 @@ if __name__ == "__main__":
     context = make_context(*sys.argv[1:4])
     server = ClubServer(("127.0.0.1", int(sys.argv[4])), Club, ssl_context=context)
     server.members = frozenset(sys.argv[5:])
-    print("listening on {}:{}".format(*server.server_address), flush=True)
-    run(server)
+    address = "{}:{}".format(*server.server_address)
+    run(server, started=lambda: print(f"listening on {address}", flush=True))
     print(f"{server.statistics().completed} known, {server.turned_away} turned away")

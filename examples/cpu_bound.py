@@ -66,8 +66,7 @@ def main() -> None:
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 9999
     server = PrimeServer(port, float(sys.argv[2]) if len(sys.argv) > 2 else 10)
     host, port = server.server_address
-    print(f"counting primes on {host}:{port}", flush=True)
-    run(server)
+    run(server, started=lambda: print(f"counting primes on {host}:{port}", flush=True))
     seen = server.statistics()
     print(f"{seen.completed} answered, {seen.failed} took too long")
 

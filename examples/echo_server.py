@@ -32,8 +32,7 @@ def main() -> None:
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 9999
     server = NurseryTCPServer(("127.0.0.1", port), Echo)
     host, port = server.server_address
-    print(f"echoing on {host}:{port}", flush=True)
-    run(server)
+    run(server, started=lambda: print(f"echoing on {host}:{port}", flush=True))
     print(f"{server.statistics().accepted} clients served")
 
 

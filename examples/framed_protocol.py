@@ -74,5 +74,5 @@ class Digests(StreamRequestHandler):
 if __name__ == "__main__":
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 9999
     server = NurseryTCPServer(("127.0.0.1", port), Digests)
-    print("hashing on {}:{}".format(*server.server_address), flush=True)
-    run(server)
+    address = "{}:{}".format(*server.server_address)
+    run(server, started=lambda: print(f"hashing on {address}", flush=True))

@@ -47,6 +47,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         server.workers = int(sys.argv[2])
     host, port = server.server_address
-    print(f"echoing on {host}:{port}", flush=True)
-    run(server)
+    run(server, started=lambda: print(f"echoing on {host}:{port}", flush=True))
     print(f"{server.statistics().accepted} clients served")

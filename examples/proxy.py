@@ -73,6 +73,6 @@ class Tunnel(BaseRequestHandler):
 if __name__ == "__main__":
     server = ProxyServer(("127.0.0.1", int([*sys.argv, "9999"][3])), Tunnel)
     server.upstream, server.counted = (sys.argv[1], int(sys.argv[2])), Counter()
-    print("passing on {}:{}".format(*server.server_address), flush=True)
-    run(server)
+    address = "{}:{}".format(*server.server_address)
+    run(server, started=lambda: print(f"passing on {address}", flush=True))
     print(server.statistics(), dict(server.counted), sep="\n")

@@ -60,8 +60,7 @@ def main() -> None:
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 5514
     collector = Collector(("127.0.0.1", port))
     host, port = collector.server_address
-    print(f"collecting on {host}:{port}", flush=True)
-    run(collector)
+    run(collector, started=lambda: print(f"collecting on {host}:{port}", flush=True))
     print(", ".join(f"{n} {severity}" for severity, n in collector.seen.most_common()))
 
 
