@@ -24,14 +24,17 @@ import trio
 from trio_socketserver import ThreadingTCPServer
 
 CHANNEL_SIZE = 10  # Lines under way before handlers wait.
+LONGEST_LINE = 1000  # Of a longer one, each piece is taken for a line.
 
 
 class Publisher(socketserver.StreamRequestHandler):
     """One client, in a thread of its own."""
 
+    timeout = 60
+
     def handle(self) -> None:
         server = cast(PublishingServer, self.server)
-        for line in self.rfile:
+        while line := self.rfile.readline(LONGEST_LINE):
             trio.from_thread.run(server.lines.send, line.decode(errors="replace"))
             self.wfile.write(b"published\n")
 

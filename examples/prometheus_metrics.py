@@ -59,7 +59,7 @@ class Echo(StreamRequestHandler):
 
 async def main(port: int, metrics_port: int) -> None:
     server = NurseryTCPServer(("127.0.0.1", port), Echo)
-    server.graceful_timeout = 30
+    server.graceful_timeout = 10
     registry = CollectorRegistry()
     registry.register(ServerCollector(server))
     handler = MetricsHandler.factory(registry)

@@ -21,7 +21,6 @@ from typing import Any
 import trio
 
 from trio_socketserver import (
-    BaseServer,
     DatagramRequestHandler,
     NurseryTCPServer,
     NurseryUDPServer,
@@ -30,50 +29,51 @@ from trio_socketserver import (
     StreamSocket,
 )
 
+MAX_CHOICES, MAX_LENGTH = 1000, 100  # Who votes cannot take all the memory.
 votes: Counter[str] = Counter()
 
 
+def vote(line: bytes) -> None:
+    choice = line[:MAX_LENGTH].decode(errors="replace").strip()
+    if choice in votes or len(votes) < MAX_CHOICES:
+        votes[choice] += 1
+
+
 class VoteByLine(StreamRequestHandler):
+    timeout = 60
+
     async def handle(self) -> None:
         async for line in self.rfile:
-            votes[line.decode(errors="replace").strip()] += 1
+            vote(line)
             await self.wfile.write(b"thank you\n")
 
 
 class VoteByDatagram(DatagramRequestHandler):
     async def handle(self) -> None:
-        votes[self.packet.decode(errors="replace").strip()] += 1
+        vote(self.packet)
         self.wfile.write(b"thank you\n")
 
 
-async def show(request: StreamSocket, client_address: Any, server: BaseServer) -> None:
+async def show(request: StreamSocket, client_address: Any, server: Any) -> None:
     """Answer at once. (A function is a handler too.)"""
     lines = [f"{n} {choice}\n" for choice, n in votes.most_common()]
     await request.send_all("".join(lines).encode())
 
 
-async def serve(server: BaseServer, task_status: trio.TaskStatus[Any]) -> None:
-    async with server:
-        task_status.started(server.server_address)
-        await server.serve_forever()
-
-
-async def main(port: int, path: str) -> None:
-    servers = [
-        NurseryTCPServer(("127.0.0.1", port), VoteByLine),
-        NurseryUDPServer(("127.0.0.1", port), VoteByDatagram),
-        NurseryUnixStreamServer(path, show),
-    ]
+async def main(port: str = "9999", path: str = "/tmp/votes") -> None:
+    by_line = NurseryTCPServer(("127.0.0.1", int(port)), VoteByLine)
+    by_datagram = NurseryUDPServer(("127.0.0.1", int(port)), VoteByDatagram)
+    result = NurseryUnixStreamServer(path, show)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            for server in servers:
-                address = await nursery.start(serve, server)
-                print(f"{type(server).__name__} {address!r}", flush=True)
+        async with by_line, by_datagram, result, trio.open_nursery() as nursery:
+            for server in (by_line, by_datagram, result):
+                server.graceful_timeout = 5  # Seconds for who does not read the answers.
+                nursery.start_soon(server.serve_forever)
+                print(f"{type(server).__name__} {server.server_address!r}", flush=True)
             await anext(signals)
-            for server in servers:
+            for server in (by_line, by_datagram, result):
                 nursery.start_soon(server.server_close)
 
 
 if __name__ == "__main__":
-    port, path = [*sys.argv[1:], *["9999", "/tmp/votes"][len(sys.argv) - 1 :]]
-    trio.run(main, int(port), path)
+    trio.run(lambda: main(*sys.argv[1:]))

@@ -30,7 +30,8 @@ class Files(http.server.SimpleHTTPRequestHandler):
     timeout = 60  # Seconds of silence, as for any handler of http.server's.
 
     def log_message(self, format: str, *args: Any) -> None:
-        print(format % args, flush=True)
+        # As ASCII: a client's control characters are nothing for a terminal.
+        print(ascii(format % args)[1:-1], flush=True)
 
 
 class FileServer(ThreadingTCPServer):
@@ -43,8 +44,8 @@ def main() -> None:
     folder = sys.argv[2] if len(sys.argv) > 2 else "."
     # Anything that makes a handler is one: a partial is looked through.
     server = FileServer(("127.0.0.1", port), functools.partial(Files, directory=folder))
-    print("serving files on {}:{}".format(*server.server_address), flush=True)
-    run(server)
+    address = "{}:{}".format(*server.server_address)
+    run(server, started=lambda: print(f"serving files on {address}", flush=True))
     print(f"{server.statistics().accepted} connections served")
 
 

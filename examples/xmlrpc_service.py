@@ -18,13 +18,17 @@ import itertools
 import signal
 import sys
 from typing import Any
-from xmlrpc.server import SimpleXMLRPCServer
+from xmlrpc.server import SimpleXMLRPCRequestHandler, SimpleXMLRPCServer
 
 import trio
 
 from trio_socketserver import serve_blocking
 
 WEATHER = itertools.cycle(["sun", "rain", "fog"])
+
+
+class Call(SimpleXMLRPCRequestHandler):
+    timeout = 5  # Seconds that a silent client may hold up the others.
 
 
 class Forecast:
@@ -46,7 +50,7 @@ class Forecast:
 
 async def main(port: int) -> None:
     forecast = Forecast()
-    server = SimpleXMLRPCServer(("127.0.0.1", port), logRequests=False, allow_none=True)
+    server = SimpleXMLRPCServer(("127.0.0.1", port), Call, False, allow_none=True)
 
     def ask(day: Any) -> str:
         return trio.from_thread.run_sync(forecast.answer, day)

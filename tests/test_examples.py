@@ -376,6 +376,63 @@ def test_several_servers_share_the_votes(number, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+async def test_several_servers_do_not_wait_for_who_does_not_read(
+    mock_clock, monkeypatch, tmp_path
+):
+    module = load("several_servers.py")
+    printed, started, ended = [], trio.Event(), trio.Event()
+
+    def show(line: str, flush: bool = False) -> None:
+        printed.append(line.split(" ", 1)[1])
+        if len(printed) == 3:
+            started.set()
+
+    async def run_it() -> None:
+        await module.main("0", str(tmp_path / "votes"))
+        ended.set()
+
+    class WithSmallBuffers(module.NurseryTCPServer):
+        def server_activate(self) -> None:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                self.socket.setsockopt(socket.SOL_SOCKET, option, 4096)
+            super().server_activate()
+
+    monkeypatch.setattr(module, "NurseryTCPServer", WithSmallBuffers)
+    monkeypatch.setattr(module, "print", show, raising=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_it)
+        await started.wait()
+        address = ast.literal_eval(printed[0])
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect(address)
+            deaf.setblocking(False)
+            sent = -1
+            while sent:  # Until the server has stopped reading.
+                sent = 0
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        sent += deaf.send(b"tea\n" * 1000)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            signal.raise_signal(signal.SIGTERM)
+            while not is_refused(address):
+                await trio.lowlevel.checkpoint()
+            mock_clock.jump(4.9)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not ended.is_set()
+            mock_clock.jump(0.2)
+            await trio.testing.wait_all_tasks_blocked()
+            assert ended.is_set()
+
+
+def test_several_servers_keep_so_many_choices(monkeypatch):
+    module = load("several_servers.py")
+    monkeypatch.setattr(module, "MAX_CHOICES", 2)
+    for choice in (b"tea\n", b"x" * 1000, b"coffee\n", b"tea\n"):
+        module.vote(choice)
+    assert module.votes == {"tea": 2, "x" * module.MAX_LENGTH: 1}
+
+
 # -- framed_protocol.py --------------------------------------------------------------------
 
 LENGTH = struct.Struct("!I")
@@ -504,6 +561,16 @@ def test_static_files(number, tmp_path):
         assert end(process, number) == "3 connections served\n"
 
 
+def test_static_files_prints_no_control_characters(tmp_path):
+    with example("static_files.py", "0", str(tmp_path)) as process:
+        with Client(printed_address(line_of(process))) as client:
+            client.say(b"GET /\x1b[2J\xe9 HTTP/1.0\r\n\r")
+            assert client.hear() == b"HTTP/1.1 404 File not found"
+        assert line_of(process) == "code 404, message File not found\n"
+        assert line_of(process) == '"GET /\\x1b[2J\\xe9 HTTP/1.0" 404 -\n'
+        assert end(process) == "1 connections served\n"
+
+
 def test_static_files_lets_a_download_end(tmp_path):
     data = bytes(8 * 1024 * 1024)  # More than the kernel holds.
     (tmp_path / "file").write_bytes(data)
@@ -565,6 +632,24 @@ def test_xmlrpc_service_stopped_by_a_client():
         assert end_of(process) == "1 calls answered\n"
 
 
+async def test_xmlrpc_service_does_not_wait_for_the_silent(monkeypatch):
+    module = load("xmlrpc_service.py")
+    printed, started = [], trio.Event()
+
+    def show(line: str, flush: bool = False) -> None:
+        printed.append(line)
+        started.set()
+
+    monkeypatch.setattr(module, "print", show, raising=False)
+    monkeypatch.setattr(module.Call, "timeout", 0.01)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(module.main, 0)
+        await started.wait()
+        with Client(printed_address(printed[0])) as silent:
+            assert await trio.to_thread.run_sync(silent.hear) == b""
+        signal.raise_signal(signal.SIGTERM)
+
+
 async def test_xmlrpc_service_changes_its_mind(autojump_clock):
     forecast = load("xmlrpc_service.py").Forecast()
     async with trio.open_nursery() as nursery:
@@ -598,6 +683,19 @@ def test_blocking_handler():
         assert second.hear() == b""
         assert first.hear() == b""  # After three seconds of silence.
         assert end_of(process) == "5: 'the last one'\n"
+
+
+def test_blocking_handler_keeps_no_long_line():
+    with (
+        example("blocking_handler.py", "0") as process,
+        Client(printed_address(line_of(process))) as client,
+    ):
+        client.sock.sendall(b"x" * 1001)
+        assert client.hear() == b"published"
+        assert line_of(process) == f"1: {'x' * 1000!r}\n"
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.hear() == b"published"
+        assert end(process) == "2: 'x'\n"
 
 
 def test_blocking_handler_waits_for_the_channel():
