@@ -1612,6 +1612,29 @@ def test_colours_of_hooks() -> None:
     assert set(plain_hooks.split()) == set(PLAIN_HOOKS)
 
 
+def test_what_a_request_has_not() -> None:
+    text = (ROOT / "docs" / "differences.rst").read_text()
+    section = text.partition("\nHooks and asynchronous handlers get a `StreamSocket`")[2]
+    missing, *_ = re.findall(r"``([\w\s]+)``", section)
+    plain = {name for name in dir(socket.socket) if not name.startswith("_")}
+    gone = plain - set(dir(trio_socketserver.StreamSocket))
+    # What nobody calls on a connection that was accepted, and others by the same name.
+    gone -= {"accept", "bind", "connect", "connect_ex", "listen", "sendto", "sendmsg_afalg"}
+    gone -= {"get_inheritable", "set_inheritable", "recvfrom_into", "recvmsg_into"}
+    gone -= {"share", "ioctl"}  # On Windows.
+    assert set(missing.split()) == gone
+
+
+@pytest.mark.parametrize("mix_in", ["NurseryMixIn", "ThreadingMixIn", "ForkingMixIn"])
+def test_a_mix_in_has_its_effect_wherever_it_stands(mix_in: str) -> None:
+    chosen = getattr(trio_socketserver, mix_in)
+    behind = type("Behind", (trio_socketserver.TCPServer, chosen), {})
+    assert behind._limit is chosen._limit
+    plain = socketserver.TCPServer
+    there = type("There", (plain, socketserver.ThreadingMixIn), {})
+    assert there.process_request is plain.process_request
+
+
 def test_names_of_the_readme() -> None:
     table = README.read_text().partition("\n## Names\n")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE))
