@@ -50,7 +50,9 @@ class Forecast:
 
 async def main(port: int) -> None:
     forecast = Forecast()
-    server = SimpleXMLRPCServer(("127.0.0.1", port), Call, False, allow_none=True)
+    server = SimpleXMLRPCServer(
+        ("127.0.0.1", port), Call, logRequests=False, allow_none=True
+    )
 
     def ask(day: Any) -> str:
         return trio.from_thread.run_sync(forecast.answer, day)
