@@ -326,6 +326,23 @@ def test_the_watch_comes_too_late(no_end: list[int]) -> None:
     assert no_end == [1]
 
 
+def test_the_watch_begins_after_the_worker_has_failed(
+    no_end: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may be late where much else runs."""
+    late: list[threading.Thread] = []
+    ours, theirs = socket_pair()
+    with ours, monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: late.append(thread))
+        link = WorkerLink(theirs)
+        ParentWatch(os.getppid() + 1, link)
+        descriptor = link.fileno()
+        link.detach()
+        late[0].run()
+        os.close(descriptor)
+    assert no_end == [1]
+
+
 class Peer:
     """The server's end of a link."""
 

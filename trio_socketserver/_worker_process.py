@@ -92,17 +92,19 @@ class ParentWatch:
         self.patience = 0.0
         self._parent = parent
         self._link = link
+        self._poll = select.poll()
+        # Which leaves that the other end is closed. Not in the thread: when that begins, a
+        # worker that has failed may have detached its link.
+        self._poll.register(link, 0)
         threading.Thread(target=self._watch, name="parent watch", daemon=True).start()
 
     def _watch(self) -> NoReturn:
-        poll = select.poll()
-        poll.register(self._link, 0)  # Which leaves that the other end is closed.
-        # What the parent has forked may hold that open.
+        # What the parent has forked may hold the link's other end open.
         pidfd = open_pidfd(self._parent)
         if pidfd is not None:
-            poll.register(pidfd, select.POLLIN)
+            self._poll.register(pidfd, select.POLLIN)
         if os.getppid() == self._parent:  # Or the number may be another's by now.
-            poll.poll()
+            self._poll.poll()
         self._link.hang_up()
         threading.Event().wait(min(self.patience, threading.TIMEOUT_MAX))
         os._exit(1)
