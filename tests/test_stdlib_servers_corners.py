@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from blocking_servers import client_of, in_thread, make, served
+from blocking_servers import client_of, in_thread, make, no_impatience, served
 from helpers import REAL_LIMIT, bounded, receive
 
 from trio_socketserver import _stdlib_loop, _stdlib_servers, serve_blocking
 from trio_socketserver._workers import Workers
 
-
-@pytest.fixture(autouse=True)
-def _nobody_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test fail whose server stops only because it has taken too long."""
-    monkeypatch.setattr(_stdlib_servers, "SHUTDOWN_TIMEOUT", 2 * REAL_LIMIT)
+__all__ = ["no_impatience"]  # A fixture.
 
 
 def echo(request: Any, client_address: Any, server: Any) -> None:
