@@ -18,6 +18,7 @@ import pytest
 import trio
 from helpers import REAL_LIMIT, bounded
 from prefork_clients import Log, logging_to, when_started
+from trio.testing import wait_all_tasks_blocked
 
 from trio_socketserver import ChildFailed, _crew
 from trio_socketserver._crew import Crew
@@ -250,6 +251,43 @@ async def test_the_system_has_no_room(
     assert isinstance(these.crew._failure, ChildFailed)
     assert isinstance(these.crew._failure.__cause__, OSError)
     assert these.counted().accepted == 0
+
+
+CANCELLED_LATE = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+say(b"d")
+heard()
+say(b"e")
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+time.sleep(1000)
+"""
+"""End when told to, but be reached by SIGTERM when that is the default again."""
+
+
+@bounded
+async def test_a_worker_that_is_cancelled_at_its_start_is_no_news(
+    workers_are: Any, log: Log
+) -> None:
+    workers_are(CANCELLED_LATE)
+    async with company() as these:
+        these.begin()
+        await these.host.told.wait()
+        these.crew.stop()
+    assert log.lines == []
+
+
+@bounded
+async def test_a_worker_may_be_cancelled_before_there_is_a_thread_to_start_it(
+    workers_are: Any, log: Log
+) -> None:
+    workers_are(SERVES)
+    limiter = trio.to_thread.current_default_thread_limiter()
+    limiter.total_tokens = 1
+    async with limiter, company() as these:
+        these.begin()
+        await wait_all_tasks_blocked()
+        these.crew.stop()
+    assert log.lines == []
 
 
 @pytest.mark.usefixtures("delays")

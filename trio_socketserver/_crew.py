@@ -244,6 +244,7 @@ class _Worker:
         self._passed: list[socket.socket] = []
         self._process: trio.Process | None = None
         self._is_ending = False
+        self._is_cancelled = False
 
     def held(self) -> list[socket.socket]:
         """Return the sockets, which a forked child is not to keep."""
@@ -305,6 +306,7 @@ class _Worker:
     async def _end(self, process: trio.Process) -> None:
         """End the process, which is being cancelled; this is, when it has ended."""
         if not self._is_ending:
+            self._is_cancelled = True
             self.say(Order.CANCEL)
             process.terminate()  # If it does not listen yet.
             await trio.sleep(patience_of(self._server))
@@ -312,8 +314,8 @@ class _Worker:
 
     def _note_end(self) -> None:
         self._hear_rest()
-        assert self._process is not None
-        if self._is_ending or not self._alive.cancelled_caught:
+        # Cancelled, it has been ended by us; or it has still waited for a thread to start.
+        if self._process is not None and not self._is_cancelled:
             self.status = self._process.returncode
 
     def describe_end(self, *, why: bool = True) -> str:
