@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from blocking_servers import client_of, in_thread, make, no_impatience, served
+from blocking_servers import (
+    client_of,
+    happens,
+    in_thread,
+    make,
+    no_impatience,
+    served,
+)
 from helpers import REAL_LIMIT, bounded, receive
 
 from trio_socketserver import _stdlib_loop, _stdlib_servers, serve_blocking
@@ -47,6 +54,28 @@ async def test_a_server_need_not_have_a_socket() -> None:
         os.close(reader)
         os.close(writer)
     assert lines == [b"hello"]
+
+
+@bounded
+async def test_a_loop_without_a_socket_ends_by_closing() -> None:
+    begun, closed = threading.Event(), threading.Event()
+
+    class Server(socketserver.BaseServer):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            begun.set()
+            assert closed.wait(REAL_LIMIT)
+
+        def shutdown(self) -> None:
+            """Tell nobody."""
+
+        def server_close(self) -> None:
+            closed.set()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_blocking, Server("nowhere", echo))
+        await happens(begun)
+        nursery.cancel_scope.cancel()
+    assert closed.is_set()
 
 
 @bounded

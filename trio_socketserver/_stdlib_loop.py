@@ -99,11 +99,11 @@ class Stopped:
                 return self._running_in is None
             before = self._ended
             self._wake_loop()
+            if timeout is not None:
+                return self._changed.wait_for(lambda: self._ended > before, timeout)
             if threading.get_ident() == self._trio_thread:
                 self._knock()
                 return False
-            if timeout is not None:
-                return self._changed.wait_for(lambda: self._ended > before, timeout)
             if not self._changed.wait_for(lambda: self._ended > before, KNOCK_AFTER):
                 self._knock()
             return self._changed.wait_for(lambda: self._ended > before)
