@@ -363,14 +363,18 @@ def test_request_queue_size_is_what_the_kernel_is_told(tmp_path: Path) -> None:
     close(server)
 
 
-def leave_time_wait() -> Any:
-    """Return an address that still has a connection which its server closed first."""
+@contextlib.contextmanager
+def address_of_a_connection() -> Iterator[Any]:
+    """Yield an address that a connection has still, while nobody listens there any more.
+
+    The server's end is open. One that it had closed first would do, in TIME_WAIT; but of
+    those the system keeps a number, and then no more.
+    """
     with socket.create_server(LOCALHOST) as listener:
         address = listener.getsockname()
-        with connect(address) as client:
-            listener.accept()[0].close()
-            assert client.recv(1) == b""
-    return address
+        client, (connection, _) = connect(address), listener.accept()
+    with client, connection:
+        yield address
 
 
 @each_tcp_server
@@ -378,12 +382,12 @@ def test_allow_reuse_address(server_class: type[Any]) -> None:
     class Stubborn(server_class):  # type: ignore[misc]
         allow_reuse_address = False
 
-    address = leave_time_wait()
-    with pytest.raises(OSError, match="in use"):
-        socketserver.TCPServer(address, socketserver.BaseRequestHandler)
-    with pytest.raises(OSError, match="in use"):
-        Stubborn(address, echo)
-    close(server_class(address, echo))
+    with address_of_a_connection() as address:
+        with pytest.raises(OSError, match="in use"):
+            socketserver.TCPServer(address, socketserver.BaseRequestHandler)
+        with pytest.raises(OSError, match="in use"):
+            Stubborn(address, echo)
+        close(server_class(address, echo))
 
 
 @each_tcp_server
