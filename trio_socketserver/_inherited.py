@@ -47,8 +47,9 @@ def forget(references: References, thing: object) -> None:
 
 def remember_server(server: object) -> None:
     """Add a reference to *server*, which goes when it does not live."""
-    identity = id(server)
-    servers[identity] = weakref.ref(server, lambda _: servers.pop(identity, None))
+    # Not by the module's name for them, which may be gone when the interpreter ends.
+    identity, pop = id(server), servers.pop
+    servers[identity] = weakref.ref(server, lambda _: pop(identity, None))
 
 
 def close_inherited(kept: Iterable[socket.socket]) -> None:

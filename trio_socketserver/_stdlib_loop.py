@@ -248,7 +248,8 @@ class ServingThread:
         if not isinstance(listener, socket.socket):
             return
         with (
-            contextlib.suppress(OSError),  # It is closed already.
+            # It is closed already; or there is nothing to knock with, and closing goes on.
+            contextlib.suppress(OSError),
             socket.socket(listener.family, listener.type) as visitor,
         ):
             visitor.setblocking(False)
