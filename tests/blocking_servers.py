@@ -176,6 +176,13 @@ class Serving:
         assert self.cancelled
         return trio.current_time() - begin
 
+    async def has_stopped(self) -> bool:
+        """Cancel `serve_blocking`, and tell whether it ends by and by."""
+        self.cancel()
+        with trio.move_on_after(PROMPTLY):
+            await self.ended.wait()
+        return self.ended.is_set()
+
     async def shut_down(self) -> None:
         """Call the server's ``shutdown()`` in a thread, and wait for the end."""
         await in_thread(self.server.shutdown)

@@ -317,6 +317,21 @@ def reply_now(client: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
+def killed_in_the_end(
+    process: subprocess.Popen[Any], seconds: float = REAL_LIMIT
+) -> Iterator[None]:
+    """Kill *process* after so many seconds, and at the end of the block."""
+    watchdog = threading.Timer(seconds, process.kill)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+        process.kill()
+        watchdog.join()
+
+
+@contextlib.contextmanager
 def running(
     *arguments: str, folder: Path | None = None, pass_fds: Collection[int] = ()
 ) -> Iterator[subprocess.Popen[str]]:
@@ -332,23 +347,19 @@ def running(
         for ever, and at the end of the block.
     """
     package = str(Path(trio_socketserver.__file__).parents[1])
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", *arguments],
-        cwd=folder,
-        pass_fds=pass_fds,
-        env={**os.environ, "PYTHONPATH": package},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        watchdog = threading.Timer(REAL_LIMIT, process.kill)
-        watchdog.start()
-        try:
-            yield process
-        finally:
-            watchdog.cancel()
-            process.kill()
-            watchdog.join()
+    with (
+        subprocess.Popen(
+            [sys.executable, "-W", "error", *arguments],
+            cwd=folder,
+            pass_fds=pass_fds,
+            env={**os.environ, "PYTHONPATH": package},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        killed_in_the_end(process),
+    ):
+        yield process
 
 
 def line_of(process: subprocess.Popen[str]) -> str:

@@ -39,6 +39,7 @@ from helpers import (
     close_with_reset,
     connect,
     is_refused,
+    killed_in_the_end,
     line_of,
     printed_address,
     receive_until_closed,
@@ -1038,21 +1039,24 @@ def make_certificates(name: str, folder: Path) -> None:
 @contextlib.contextmanager
 def s_client(address: tuple[str, int], *options: str) -> Iterator[Any]:
     """Run ``openssl s_client``; yield what it sends and what it shows."""
-    with subprocess.Popen(
-        ["openssl", "s_client", "-quiet", "-connect", "{}:{}".format(*address), *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-    ) as process:
-        watchdog = threading.Timer(REAL_LIMIT, process.kill)
-        watchdog.start()
-        try:
-            yield process.stdin, process.stdout
-        finally:
-            watchdog.cancel()
-            process.kill()
-            watchdog.join()
+    with (
+        subprocess.Popen(
+            [
+                "openssl",
+                "s_client",
+                "-quiet",
+                "-connect",
+                "{}:{}".format(*address),
+                *options,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        ) as process,
+        killed_in_the_end(process),
+    ):
+        yield process.stdin, process.stdout
 
 
 @needs_openssl

@@ -29,7 +29,13 @@ from pathlib import Path
 from typing import IO, Self
 
 import pytest
-from helpers import connect, is_refused, line_of, receive_until_closed
+from helpers import (
+    connect,
+    is_refused,
+    killed_in_the_end,
+    line_of,
+    receive_until_closed,
+)
 
 import trio_socketserver
 from trio_socketserver._draining import FIRST_LINE_GRACE
@@ -390,22 +396,18 @@ def restarting(service: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Run restart.py with another program in the place of service.py, and no HAProxy."""
     shutil.copy(FOLDER / "restart.py", folder)
     (folder / "service.py").write_text(STAND_IN + service)
-    with subprocess.Popen(
-        [sys.executable, str(folder / "restart.py")],
-        env={**os.environ, "HAPROXY": "true", "TMPDIR": str(folder)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        watchdog = threading.Timer(PATIENCE, process.kill)
-        watchdog.start()
-        try:
-            yield process
-        finally:
-            watchdog.cancel()
-            process.kill()
-            watchdog.join()
+    with (
+        subprocess.Popen(
+            [sys.executable, str(folder / "restart.py")],
+            env={**os.environ, "HAPROXY": "true", "TMPDIR": str(folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        killed_in_the_end(process, PATIENCE),
+    ):
+        yield process
 
 
 def told(process: subprocess.Popen[str], what: str, name: str) -> int:
